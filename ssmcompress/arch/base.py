@@ -1,0 +1,202 @@
+"""What every family tells the rest of the house: its blocks, its prunable weights, its axes and what couples them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ssmcompress import kernels
+from ssmcompress.kernels.reference import PAD
+
+Taps = Callable[[str, Tensor], None]
+Offset = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where an axis cuts one tensor: unit i owns the indices offset + r·period + i·width + (0 … width-1) of dim."""
+
+    tensor: str
+    dim: int
+    offset: int = 0
+    width: int = 1
+    period: int = 0
+    repeats: int = 1
+
+    def indices(self, unit: int) -> list[int]:
+        """The indices along dim that unit i owns."""
+        starts = (self.offset + r * self.period + unit * self.width for r in range(self.repeats))
+        return [start + k for start in starts for k in range(self.width)]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A kind of unit that can be removed from a block, and every tensor that must shrink with it (methods: §1.5)."""
+
+    name: str
+    size: int
+    slices: tuple[Slice, ...]
+    config_key: str | None  # the stock config field that can say the new size; None: no stock config can
+
+    def parameters(self, shapes: Mapping[str, torch.Size]) -> int:
+        """Parameters one unit owns, given the shapes of the block's tensors."""
+        return sum(
+            len(part.indices(0)) * shapes[part.tensor].numel() // shapes[part.tensor][part.dim] for part in self.slices
+        )
+
+
+class Arch(ABC):
+    """One family, for one config. Tensor names are relative to a block unless a layer is given."""
+
+    model_type: str
+    prunable: tuple[str, ...]
+    hookless: tuple[str, ...]  # weights a forward hook on their module never sees, or that have no module
+    fixed: tuple[str, ...]  # weights kept on purpose: a few values a channel or head that set the dynamics
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The prunable modules that are matrices: everything but the short convolution."""
+        return tuple(name for name in self.prunable if name != "conv1d")
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return self.config.num_hidden_layers
+
+    @property
+    @abstractmethod
+    def model_class(self) -> type[PreTrainedModel]:
+        """The stock causal language model with our mixer in every block."""
+
+    @abstractmethod
+    def axes(self) -> dict[str, Axis]:
+        """The axes of one block, by name."""
+
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""
+
+    def build(self, device: str = "meta") -> PreTrainedModel:
+        """The model with unset (meta) or freshly initialised weights."""
+        with torch.device(device):
+            return self.model_class(self.config)
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        """The blocks of a model of this family, each with `norm` and `mixer`."""
+        return model.get_submodule("backbone.layers")  # type: ignore[return-value]
+
+    def prefix(self, layer: int) -> str:
+        """The start of every tensor name of a block."""
+        return f"backbone.layers.{layer}."
+
+    def weight(self, layer: int, module: str) -> str:
+        """The tensor name of a prunable module's weight."""
+        return f"{self.prefix(layer)}mixer.{module}.weight"
+
+    def kept_on_purpose(self, name: str) -> bool:
+        """Whether pruning leaves this tensor dense by design: biases, norms, embeddings and the state's dynamics."""
+        parts = name.split(".")
+        return parts[-1] == "bias" or any(part in self.fixed or part.startswith("norm") for part in parts)
+
+
+class Mixer(nn.Module):
+    """The ports of a mixer: unused they are None and cost nothing."""
+
+    layer_idx: int
+    activation: str
+    act: nn.Module
+    conv1d: nn.Conv1d
+    backend: kernels.Backend = kernels.AUTO
+    taps: Taps | None = None  # called with (module, its input) before each prunable module
+    offset: Offset | None = None  # C → what to add to the scan's output before the gate
+    initial_state: Tensor | None = None  # the state before the first token, broadcast over the batch
+
+    def tap(self, module: str, tensor: Tensor) -> None:
+        """Shows the input of a module to whoever watches."""
+        if self.taps is not None:
+            self.taps(module, tensor)
+
+    def recall(self, cache: Cache | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """What earlier tokens left behind: convolution inputs [B, C, K-1] and state, None where there were none."""
+        left = state = None
+        if cache is not None and cache.has_previous_state(self.layer_idx):
+            left = cache.get_conv_state(self.layer_idx)[..., 1:]
+            state = cache.get_recurrent_state(self.layer_idx)
+        if state is None and self.initial_state is not None:
+            state = self.initial_state.expand(batch, *self.initial_state.shape).clone()
+        return left, state
+
+    def steps(self, x: Tensor, state: Tensor | None, cache: Cache | None) -> bool:
+        """Whether this is one token of decoding: the state may then change in place."""
+        return x.shape[1] == 1 and state is not None and cache is not None and not torch.is_grad_enabled()
+
+    def convolve(self, x: Tensor, left: Tensor | None, cache: Cache | None, mask: Tensor | None) -> Tensor:
+        """The short convolution and its activation: x [B, L, C] → [B, L, C]; the cache keeps the last inputs."""
+        silu = self.activation in ("silu", "swish")
+        y = self.backend.conv(x, self.conv1d.weight[:, 0], self.conv1d.bias, left, silu)
+        if cache is not None:  # only now: left is a view of what the cache holds
+            self._remember(cache, x, left, mask)
+        return y if silu else self.act(y)
+
+    def _remember(self, cache: Cache, x: Tensor, left: Tensor | None, mask: Tensor | None) -> None:
+        """Keeps each row's last K real convolution inputs of x [B, L, C], so that decoding goes on from them."""
+        kernel = self.conv1d.weight.shape[-1]
+        if x.shape[1] < kernel or mask is not None:
+            past = x.new_zeros(x.shape[0], kernel, x.shape[2])
+            if left is not None:
+                past[:, 1:] = left.transpose(1, 2)
+            x = torch.cat([past, x], dim=1)
+        if mask is not None:
+            real = torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask
+            ends = real.amax(1)
+            take = ends[:, None] + torch.arange(kernel, device=mask.device)
+            x = x.gather(1, take[..., None].expand(-1, -1, x.shape[2]))
+        cache.update_conv_state(x[:, -kernel:].transpose(1, 2), self.layer_idx, conv_kernel_size=kernel)
+
+
+def real_positions(mask: Tensor | None, length: int) -> Tensor | None:
+    """The padding mask [B, L] of the tokens at hand as booleans, or None where nothing is padding."""
+    if mask is None or mask.dim() != 2:
+        return None
+    mask = mask[:, -length:].bool()
+    return None if bool(mask.all()) else mask
+
+
+def silence(tensor: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
+    """Tensor [B, L, …] with its padded positions set to value."""
+    return tensor if mask is None else tensor.masked_fill(~mask[..., None], value)
+
+
+def hold(dt: Tensor, mask: Tensor | None) -> Tensor:
+    """The dt [B, L, …] that makes padded positions pass the state through untouched."""
+    return silence(dt, mask, PAD)
+
+
+def adopt(blocks: nn.ModuleList, mixer: type[Mixer]) -> None:
+    """Gives every block's mixer our forward: the same parameters under the same names."""
+    for block in blocks:
+        block.mixer.__class__ = mixer
+
+
+def shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """The shape of every parameter, by name."""
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
+
+
+def mixers(model: nn.Module) -> Iterator[Mixer]:
+    """Every mixer of a model, in order."""
+    return (module for module in model.modules() if isinstance(module, Mixer))
+
+
+def use_backend(model: nn.Module, backend: kernels.Backend) -> None:
+    """Lets every mixer run on this backend."""
+    for mixer in mixers(model):
+        mixer.backend = backend
+

@@ -1,0 +1,139 @@
+"""Mamba-1: the family's axes and its mixer on our kernels (mamba, falcon_mamba)."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.models.falcon_mamba import modeling_falcon_mamba as stock_falcon
+from transformers.models.mamba import modeling_mamba as stock
+
+from ssmcompress.arch.base import Arch, Axis, Mixer, Slice, adopt, hold, real_positions, silence
+
+
+class _SelectiveMixer(Mixer):
+    """The Mamba-1 forward, channels last (Mamba, fig. 3); ports and parameters are those of the stock mixer."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Hidden states [B, L, d] → [B, L, d]; the cache, where given, is read and brought up to date."""
+        mask = real_positions(attention_mask, hidden_states.shape[1])
+        left, state = self.recall(cache_params, hidden_states.shape[0])
+        self.tap("in_proj", hidden_states)
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x = silence(x, mask)
+        self.tap("conv1d", x)
+        x = silence(self.convolve(x, left, cache_params, mask), mask)
+        self.tap("x_proj", x)
+        sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
+        dt, B, C = self._normalise(*self.x_proj(x).split(sizes, dim=-1))
+        self.tap("dt_proj", dt)
+        dt = hold(F.linear(dt, self.dt_proj.weight), mask)
+        y = self._scan(x, dt, B, C, z, state, cache_params)
+        self.tap("out_proj", y)
+        return self.out_proj(y)
+
+    def _normalise(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return dt, B, C
+
+    def _scan(
+        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, state: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        A = -self.A_log.float().exp()
+        gate = z if self.offset is None else None
+        if self.steps(x, state, cache):
+            row = None if gate is None else gate[:, 0]
+            y = self.backend.selective_step(
+                state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, row, self.dt_proj.bias
+            )[:, None]
+        else:
+            y, state = self.backend.selective_scan(x, dt, A, B, C, self.D, gate, self.dt_proj.bias, state)
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
+        if self.offset is not None:
+            y = (y + self.offset(C)) * F.silu(z)
+        return y
+
+
+class MambaMixer(_SelectiveMixer, stock.MambaMixer):
+    """The mixer of `mamba`."""
+
+
+class FalconMambaMixer(_SelectiveMixer, stock_falcon.FalconMambaMixer):
+    """The mixer of `falcon_mamba`: dt, B and C each pass a weightless RMSNorm."""
+
+    def _normalise(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+
+
+class MambaForCausalLM(stock.MambaForCausalLM):
+    """Stock `MambaForCausalLM` with our mixer in every block."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        adopt(self.backbone.layers, MambaMixer)
+
+
+class FalconMambaForCausalLM(stock_falcon.FalconMambaForCausalLM):
+    """Stock `FalconMambaForCausalLM` with our mixer in every block."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        adopt(self.backbone.layers, FalconMambaMixer)
+
+
+class Mamba(Arch):
+    """Mamba-1 (Gu and Dao, 2023): inner channels, per-channel states and a low-rank step size."""
+
+    model_type = "mamba"
+    model_class = MambaForCausalLM
+    prunable = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+    hookless = ("conv1d", "dt_proj", "A_log", "D")
+    fixed = ("A_log", "D", "embeddings", "lm_head")
+
+    def axes(self) -> dict[str, Axis]:
+        """Channel, state and dt_rank; the state's index is shared by all channels of a layer."""
+        width, size, rank = self._sizes()
+        channel = (
+            Slice("mixer.in_proj.weight", 0),
+            Slice("mixer.in_proj.weight", 0, offset=width),
+            Slice("mixer.conv1d.weight", 0),
+            *((Slice("mixer.conv1d.bias", 0),) if self.config.use_conv_bias else ()),
+            Slice("mixer.x_proj.weight", 1),
+            Slice("mixer.dt_proj.weight", 0),
+            Slice("mixer.dt_proj.bias", 0),
+            Slice("mixer.A_log", 0),
+            Slice("mixer.D", 0),
+            Slice("mixer.out_proj.weight", 1),
+        )
+        state = (
+            Slice("mixer.A_log", 1),
+            Slice("mixer.x_proj.weight", 0, offset=rank),
+            Slice("mixer.x_proj.weight", 0, offset=rank + size),
+        )
+        dt_rank = (Slice("mixer.x_proj.weight", 0), Slice("mixer.dt_proj.weight", 1))
+        return {
+            "channel": Axis("channel", width, channel, "intermediate_size"),
+            "state": Axis("state", size, state, "state_size"),
+            "dt_rank": Axis("dt_rank", rank, dt_rank, "time_step_rank"),
+        }
+
+    def state_bytes(self) -> int:
+        """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""
+        width, size, _ = self._sizes()
+        return 4 * self.layers * width * (size + self.config.conv_kernel - 1)
+
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.config.intermediate_size, self.config.state_size, int(self.config.time_step_rank)
+
+
+class FalconMamba(Mamba):
+    """Falcon Mamba: Mamba-1 with weightless norms on dt, B and C."""
+
+    model_type = "falcon_mamba"
+    model_class = FalconMambaForCausalLM

@@ -1,0 +1,116 @@
+"""Mamba-2: the family's axes and its mixer on our kernels."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.models.mamba2 import modeling_mamba2 as stock
+
+from ssmcompress.arch.base import Arch, Axis, Mixer, Slice, adopt, hold, real_positions, silence
+
+
+class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
+    """The Mamba-2 forward, channels last (Mamba-2, fig. 6); ports and parameters are those of the stock mixer."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Hidden states [B, L, d] → [B, L, d]; the cache, where given, is read and brought up to date."""
+        mask = real_positions(attention_mask, hidden_states.shape[1])
+        left, state = self.recall(cache_params, hidden_states.shape[0])
+        self.tap("in_proj", hidden_states)
+        sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
+        z, xBC, dt = self.in_proj(hidden_states).split(sizes, dim=-1)
+        xBC = silence(xBC, mask)
+        self.tap("conv1d", xBC)
+        xBC = silence(self.convolve(xBC, left, cache_params, mask), mask)
+        y = self._scan(xBC, hold(dt, mask), state, cache_params)
+        y = self.norm(y, z)
+        self.tap("out_proj", y)
+        return self.out_proj(y)
+
+    def _scan(self, xBC: Tensor, dt: Tensor, state: Tensor | None, cache: Cache | None) -> Tensor:
+        batch, length, _ = xBC.shape
+        grouped = self.n_groups * self.ssm_state_size
+        x, B, C = xBC.split([self.intermediate_size, grouped, grouped], dim=-1)
+        x = x.view(batch, length, self.num_heads, self.head_dim)
+        B, C = (t.view(batch, length, self.n_groups, self.ssm_state_size) for t in (B, C))
+        A = -self.A_log.float().exp()
+        limit = tuple(self.time_step_limit)
+        if self.steps(x, state, cache):
+            y = self.backend.ssd_step(
+                state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, self.dt_bias, limit
+            )[:, None]
+        else:
+            y, state = self.backend.ssd(x, dt, A, B, C, self.D, self.dt_bias, limit, state)
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
+        if self.offset is not None:
+            y = y + self.offset(C)
+        return y.reshape(batch, length, self.intermediate_size)
+
+
+class Mamba2ForCausalLM(stock.Mamba2ForCausalLM):
+    """Stock `Mamba2ForCausalLM` with our mixer in every block."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        adopt(self.backbone.layers, Mamba2Mixer)
+
+
+class Mamba2(Arch):
+    """Mamba-2 (Dao and Gu, 2024): heads that share B and C in groups, one decay a head, a gated norm."""
+
+    model_type = "mamba2"
+    model_class = Mamba2ForCausalLM
+    prunable = ("in_proj", "conv1d", "out_proj")
+    hookless = ("conv1d", "A_log", "D", "dt_bias")
+    fixed = ("A_log", "D", "dt_bias", "embeddings", "lm_head")
+
+    def axes(self) -> dict[str, Axis]:
+        """Head, head_channel (the same index in every head) and state (the same index in every group, for B and C)."""
+        heads, width, groups, size = self._sizes()
+        inner = heads * width
+        bias = self.config.use_conv_bias
+
+        def conv(**where: int) -> tuple[Slice, ...]:
+            weight = Slice("mixer.conv1d.weight", 0, **where)
+            return (weight, Slice("mixer.conv1d.bias", 0, **where)) if bias else (weight,)
+
+        def inner_units(**where: int) -> tuple[Slice, ...]:
+            return (
+                Slice("mixer.in_proj.weight", 0, **where),
+                Slice("mixer.in_proj.weight", 0, **{**where, "offset": inner}),
+                *conv(**where),
+                Slice("mixer.norm.weight", 0, **where),
+                Slice("mixer.out_proj.weight", 1, **where),
+            )
+
+        per_head = (
+            Slice("mixer.in_proj.weight", 0, offset=2 * inner + 2 * groups * size),
+            Slice("mixer.dt_bias", 0),
+            Slice("mixer.A_log", 0),
+            Slice("mixer.D", 0),
+        )
+        states: tuple[Slice, ...] = ()
+        for start in (inner, inner + groups * size):  # B, then C; in_proj has z before them
+            where = {"period": size, "repeats": groups}
+            states += (Slice("mixer.in_proj.weight", 0, offset=inner + start, **where), *conv(offset=start, **where))
+        return {
+            "head": Axis("head", heads, inner_units(width=width) + per_head, None),
+            "head_channel": Axis("head_channel", width, inner_units(period=width, repeats=heads), None),
+            "state": Axis("state", size, states, "state_size"),
+        }
+
+    def state_bytes(self) -> int:
+        """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""
+        heads, width, groups, size = self._sizes()
+        convolved = heads * width + 2 * groups * size
+        return 4 * self.layers * (heads * width * size + convolved * (self.config.conv_kernel - 1))
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return self.config.num_heads, self.config.head_dim, self.config.n_groups, self.config.state_size

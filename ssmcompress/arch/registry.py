@@ -1,0 +1,30 @@
+"""Model type → family, looked up lazily."""
+
+from difflib import get_close_matches
+from importlib import import_module
+
+from transformers import PreTrainedConfig
+
+from ssmcompress.arch.base import Arch
+from ssmcompress.errors import UnsupportedError
+
+FAMILIES = {
+    "mamba": "ssmcompress.arch.mamba:Mamba",
+    "falcon_mamba": "ssmcompress.arch.mamba:FalconMamba",
+    "mamba2": "ssmcompress.arch.mamba2:Mamba2",
+}
+
+
+def family(model_type: str) -> type[Arch]:
+    """The family of a model type; UnsupportedError names the nearest one there is."""
+    if model_type not in FAMILIES:
+        near = get_close_matches(model_type, FAMILIES, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Supported: {', '.join(FAMILIES)}."
+        raise UnsupportedError(f"The model type {model_type!r} is not supported.", hint=hint)
+    module, name = FAMILIES[model_type].split(":")
+    return getattr(import_module(module), name)
+
+
+def arch_for(config: PreTrainedConfig) -> Arch:
+    """The family of a loaded config, bound to it."""
+    return family(config.model_type)(config)

@@ -1,0 +1,5 @@
+"""Placeholder until the native kernels land."""
+
+
+def available() -> tuple[bool, str]:
+    return False, "not built yet"

@@ -1,0 +1,48 @@
+"""Small random models of every family, and their stock twins with the same weights."""
+
+import torch
+from transformers import FalconMambaConfig, Mamba2Config, MambaConfig, PreTrainedModel
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaForCausalLM
+from transformers.models.mamba.modeling_mamba import MambaForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM
+
+from ssmcompress.arch.registry import arch_for
+
+SHARED = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+STOCK = {"mamba": MambaForCausalLM, "falcon_mamba": FalconMambaForCausalLM, "mamba2": Mamba2ForCausalLM}
+CONFIGS = {
+    "mamba": MambaConfig(**SHARED, state_size=5, initializer_range=0.02),
+    "mamba-biased": MambaConfig(**SHARED, state_size=16, use_bias=True, time_step_rank=3, conv_kernel=3),
+    "mamba-narrow": MambaConfig(**SHARED, state_size=8, intermediate_size=37, use_conv_bias=False),
+    "falcon_mamba": FalconMambaConfig(**SHARED, state_size=6),
+    "mamba2": Mamba2Config(**SHARED, num_heads=8, head_dim=8, n_groups=1, state_size=16, chunk_size=8),
+    "mamba2-grouped": Mamba2Config(**SHARED, num_heads=4, head_dim=16, n_groups=2, state_size=8, chunk_size=16),
+    "mamba2-limited": Mamba2Config(
+        **SHARED, num_heads=8, head_dim=8, n_groups=8, state_size=4, time_step_limit=(0.01, 0.2), use_bias=True
+    ),
+}
+
+
+def ours(name: str, seed: int = 0) -> PreTrainedModel:
+    """A random model of this configuration with our mixers, in evaluation mode; every parameter is random."""
+    torch.manual_seed(seed)
+    model = arch_for(CONFIGS[name]).build("cpu").eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() == 1 and "norm" not in key:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            if key.endswith("A_log"):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def stock(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock model with the same weights."""
+    twin = STOCK[model.config.model_type](model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    """Random token ids [B, L], none of them the padding token."""
+    return torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,137 @@
+import copy
+from functools import partial
+
+import pytest
+import torch
+
+from ssmcompress import kernels
+from ssmcompress.arch.base import mixers, use_backend
+from tests.unit.arch import models
+
+ALL = list(models.CONFIGS)
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(ids, use_cache=False, **kwargs).logits
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_forward_equals_stock(name):
+    model, ids = models.ours(name), models.tokens(2, 29)
+    assert relative(logits(model, ids), logits(models.stock(model), ids)) < 2e-5
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", ALL)
+def test_forward_equals_the_float64_reference(name, backend):
+    model, ids = models.ours(name), models.tokens(2, 29)
+    truth = copy.deepcopy(model).double()
+    use_backend(truth, kernels.choose("reference"))
+    use_backend(model, kernels.choose(backend))
+    assert relative(logits(model, ids).double(), logits(truth, ids).double()) < 5e-6
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_backward_equals_the_reference(name):
+    model, ids = models.ours(name), models.tokens(2, 19)
+    truth = copy.deepcopy(model)
+    use_backend(truth, kernels.choose("reference"))
+    for each in (model, truth):
+        each.train()
+        each(ids, labels=ids).loss.backward()
+    for (key, found), expected in zip(model.named_parameters(), truth.parameters(), strict=True):
+        assert found.grad is not None and relative(found.grad, expected.grad) < 1e-3, key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("parts", [(29,), (10, 19), (1, 2, 26), (25, 1, 1, 1, 1), (2, 1, 1, 20, 1, 4)])
+def test_prefill_in_parts_equals_one_pass(name, parts):
+    model, ids = models.ours(name), models.tokens(2, 29)
+    cache, pieces = None, []
+    for piece in ids.split(parts, dim=1):
+        out = model(piece, cache_params=cache, use_cache=True)
+        cache = out.cache_params
+        pieces.append(out.logits)
+    assert relative(torch.cat(pieces, 1), logits(model, ids)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ALL)
+def test_padding_does_not_leak(name, side):
+    model, ids = models.ours(name), models.tokens(2, 12)
+    pad, mask = torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 12, dtype=torch.long)
+    order = (pad, ids) if side == "left" else (ids, pad)
+    marks = (pad, mask) if side == "left" else (mask, pad)
+    padded = model(torch.cat(order, 1), attention_mask=torch.cat(marks, 1), use_cache=True)
+    real = padded.logits[:, 5:] if side == "left" else padded.logits[:, :12]
+    alone = model(ids, use_cache=True)
+    assert relative(real, alone.logits) < 1e-5
+    following = models.tokens(2, 1, seed=3)
+    after = [model(following, cache_params=out.cache_params, use_cache=True).logits for out in (padded, alone)]
+    assert relative(*after) < 1e-5
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_generation_with_cache_equals_without(name):
+    model, ids = models.ours(name), models.tokens(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
+    with_cache = model.generate(ids, use_cache=True, **settings)
+    without = model.generate(ids, use_cache=False, **settings)
+    assert with_cache.shape == (2, 19)
+    assert torch.equal(with_cache, without)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_initial_state_equals_going_on_from_there(name):
+    model, ids = models.ours(name), models.tokens(1, 20)
+    cache = model(ids[:, :8], use_cache=True).cache_params
+    expected = model(ids[:, 8:], cache_params=cache, use_cache=True).logits
+    fresh = model(ids[:, :8], use_cache=True).cache_params
+    for layer, mixer in enumerate(mixers(model)):
+        mixer.initial_state = fresh.layers[layer].recurrent_states[0][0].clone()
+        fresh.layers[layer].recurrent_states[0].zero_()
+    # only the state is given, so the convolution must see the same inputs: keep those of the cache
+    for mixer in mixers(model):
+        mixer.recall = _with_convolution(fresh, mixer)
+    assert relative(logits(model, ids[:, 8:]), expected) < 1e-5
+
+
+def _with_convolution(cache, mixer):
+    def recall(_cache, batch):
+        return cache.layers[mixer.layer_idx].conv_states[0][..., 1:], mixer.initial_state[None]
+
+    return recall
+
+
+def _keep_input(seen, name, module, inputs):
+    seen[name] = inputs[0]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_taps_show_the_input_of_every_prunable_module(name):
+    model, ids = models.ours(name), models.tokens(2, 9)
+    arch = models.arch_for(model.config)
+    mixer = arch.blocks(model)[1].mixer
+    seen = {}
+    mixer.taps = seen.setdefault
+    hooked = {}
+    for module in ("in_proj", "out_proj"):
+        watch = partial(_keep_input, hooked, module)
+        getattr(mixer, module).register_forward_pre_hook(watch)
+    logits(model, ids)
+    assert set(seen) == set(arch.prunable)
+    for module, tensor in hooked.items():
+        assert torch.equal(seen[module], tensor)
+    for module in arch.prunable:
+        weight = getattr(mixer, module).weight
+        assert seen[module].shape == (2, 9, weight.shape[0] if module == "conv1d" else weight.shape[1])
