@@ -1,0 +1,76 @@
+"""Block by block: observe the dense block, let the caller edit it, send the tokens through the edited block, go on.
+
+The residual stream is kept explicitly and in float32, so that every block sees what the pruned blocks before it produce.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ssmcompress.arch.base import Arch
+from ssmcompress.calib.taps import observe
+from ssmcompress.errors import UnsupportedError
+from ssmcompress.events import Emit, LayerDone, ignore
+
+
+class Statistic(Protocol):
+    """What is accumulated from the inputs of one module."""
+
+    def add(self, x: Tensor) -> None:
+        """Takes in more inputs [..., width]."""
+
+
+Collect = Callable[[str, int], Statistic]
+EditBlock = Callable[[int, nn.Module, Mapping[str, Statistic]], float]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One pass over the blocks: which modules to observe and with what."""
+
+    modules: tuple[str, ...]
+    collect: Collect
+    edit: EditBlock
+    batch: int = 8
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, arch: Arch, windows: Tensor, emit: Emit = ignore) -> None:
+        """Walks the windows [n, L] of token ids through the model, whose blocks `edit` changes and says the kept share of.
+
+        Raises UnsupportedError where a module's tap never fired: pruning blindly would be worse than not pruning.
+        """
+        embed = model.get_input_embeddings()
+        hidden = [embed(ids).float() for ids in windows.split(self.batch)]
+        for layer, block in enumerate(arch.blocks(model)):
+            started = time.perf_counter()
+            statistics = self._observe(layer, block, hidden)
+            dense = block(hidden[0])
+            kept = self.edit(layer, block, statistics)
+            hidden = [block(rows) for rows in hidden]
+            error = float((hidden[0] - dense).norm() / dense.norm())
+            emit(LayerDone(layer, arch.layers, time.perf_counter() - started, error, kept))
+
+    def _observe(self, layer: int, block: nn.Module, hidden: list[Tensor]) -> dict[str, Statistic]:
+        statistics: dict[str, Statistic] = {}
+
+        def watch(module: str, x: Tensor) -> None:
+            if module in self.modules:
+                if module not in statistics:
+                    statistics[module] = self.collect(module, x.shape[-1])
+                statistics[module].add(x)
+
+        if self.modules:
+            with observe(block.mixer, watch):
+                for rows in hidden:
+                    block(rows)
+        silent = [module for module in self.modules if module not in statistics]
+        if silent:
+            raise UnsupportedError(
+                f"No calibration input reached {', '.join(silent)} of layer {layer}.",
+                hint="Pruning it would be blind; leave it out with --exclude.",
+            )
+        return statistics

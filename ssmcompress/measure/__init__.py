@@ -1,0 +1,1 @@
+"""What a model is worth: likelihood of held-out text and memory."""

@@ -1,0 +1,91 @@
+"""Memory as a score: how much of a random word sequence is copied, how many values are found by key (probes A1, A3)."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssmcompress.measure.exercises import Vocabulary, copying, key_value
+
+COPY_LENGTHS = (8, 12, 16, 20)
+PAIRS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """One probe at one load: accuracy with its standard error, chance, and mean log-probability of the right token."""
+
+    probe: str
+    load: int
+    items: int
+    accuracy: float
+    standard_error: float
+    chance: float
+    log_probability: float
+
+    @property
+    def measurable(self) -> bool:
+        """Whether the accuracy is at least four standard errors above chance: below that no damage can be seen."""
+        return self.accuracy >= self.chance + 4 * max(self.standard_error, math.sqrt(0.25 / self.items) / 8)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and whether the level is measurable."""
+        return asdict(self) | {"measurable": self.measurable}
+
+
+def recall(model: nn.Module, tokenizer: Any, *, items: int = 512, seed: int = 0, batch: int = 64) -> list[Recall]:
+    """All copying and key-value probes of a model, on items that depend on the seed alone."""
+    vocabulary = Vocabulary.of(tokenizer)
+    scores = [copy_probe(model, vocabulary, length, items // 4, seed, batch) for length in COPY_LENGTHS]
+    return scores + [key_value_probe(model, vocabulary, pairs, items, seed, batch) for pairs in PAIRS]
+
+
+def copy_probe(model: nn.Module, vocabulary: Vocabulary, length: int, items: int, seed: int, batch: int = 64) -> Recall:
+    """Greedy token accuracy on the second half of `w₁ … wₙ = w₁ … wₙ`, teacher-forced; the error is over items."""
+    rng = _generator(seed, 1, length)
+    rows = np.stack([copying(vocabulary, length, rng).ids for _ in range(items)])
+    right, logp = [], []
+    for ids, logits in _batches(model, rows, batch):
+        scores = logits[:, length : 2 * length].log_softmax(-1)
+        gold = ids[:, length + 1 : 2 * length + 1]
+        right.append((scores.argmax(-1) == gold).float().mean(1))
+        logp.append(scores.gather(-1, gold[..., None])[..., 0].mean(1))
+    return _summary("copy", length, right, logp, 1 / len(vocabulary.words))
+
+
+def key_value_probe(
+    model: nn.Module, vocabulary: Vocabulary, pairs: int, items: int, seed: int, batch: int = 64
+) -> Recall:
+    """Share of items whose right value ranks first among the values in context; the query is never the last pair."""
+    rng = _generator(seed, 2, pairs)
+    rows = np.stack([key_value(vocabulary, pairs, 1, rng).ids for _ in range(items)])
+    right, logp = [], []
+    for ids, logits in _batches(model, rows, batch):
+        asked = 3 * pairs + 2
+        scores = logits[:, asked].log_softmax(-1)
+        gold = ids[:, asked + 1, None]
+        among = scores.gather(-1, ids[:, 1 : 3 * pairs : 3])
+        right.append((scores.gather(-1, gold) >= among.max(-1, keepdim=True).values)[:, 0].float())
+        logp.append(scores.gather(-1, gold)[:, 0])
+    return _summary("key-value", pairs, right, logp, 1 / pairs)
+
+
+@torch.no_grad()
+def _batches(model: nn.Module, rows: np.ndarray, batch: int):  # type: ignore[no-untyped-def]
+    device = next(model.parameters()).device
+    for ids in torch.from_numpy(rows).long().split(batch):
+        ids = ids.to(device)
+        yield ids, model(ids, use_cache=False).logits.float()
+
+
+def _summary(probe: str, load: int, right: list[torch.Tensor], logp: list[torch.Tensor], chance: float) -> Recall:
+    hits = torch.cat(right).double()
+    error = float(hits.std(correction=1) / math.sqrt(len(hits)))
+    return Recall(probe, load, len(hits), float(hits.mean()), error, chance, float(torch.cat(logp).double().mean()))
+
+
+def _generator(seed: int, probe: int, load: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([seed, probe, load]))

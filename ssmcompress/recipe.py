@@ -1,0 +1,92 @@
+"""What is to be done, as data: model, calibration, steps. Unknown keys are refused."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ssmcompress.errors import RecipeError
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+Method = Literal["wanda", "magnitude", "sparsegpt"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """Which text the statistics are taken from: None is the shipped text."""
+
+    text: str | None = None
+    split: str | None = None
+    column: str | None = None
+    mix: Literal["recall"] | None = None
+    windows: Annotated[int, Field(gt=0)] = 64
+    length: Annotated[int, Field(gt=0)] = 512
+
+
+class Prune(_Strict):
+    """Zeroes weights: a share of each row or tensor, or M - N of every M inputs."""
+
+    step: Literal["prune"] = "prune"
+    method: Method = "wanda"
+    sparsity: Ratio = 0.5
+    pattern: str | None = None
+    scope: Literal["row", "tensor"] | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    modules: dict[str, Ratio] = {}
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern(cls, value: str | None) -> str | None:
+        if value is not None:
+            n, _, m = value.partition(":")
+            if not (n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
+                raise ValueError("must be N:M, N of every M inputs kept, with 0 < N < M (2:4)")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Prune":
+        if self.pattern and self.modules:
+            raise ValueError("pattern and modules (ratios by module) exclude one another")
+        return self
+
+
+class Recipe(_Strict):
+    """A whole run, every default written out."""
+
+    model: str
+    seed: int = 0
+    backend: Literal["auto", "native", "torch", "cuda", "reference"] = "auto"
+    device: str = "cpu"
+    calibrate: Calibration = Calibration()
+    steps: tuple[Prune, ...]
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, in the order of the schema."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def sha256(self) -> str:
+        """A hash of what the recipe says, whatever its spelling."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def recipe(**fields: Any) -> Recipe:
+    """A recipe from plain values; RecipeError tells every mistake at once."""
+    try:
+        return Recipe(**fields)
+    except ValidationError as error:
+        raise RecipeError("; ".join(_sentences(error)) + ".") from None
+
+
+def _sentences(error: ValidationError) -> Sequence[str]:
+    found = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if part not in ("steps", 0)) or "the recipe"
+        found.append(f"{where}: {item['msg'].removeprefix('Value error, ')}, found {item['input']!r}")
+    return found
