@@ -134,7 +134,11 @@ class JsonLines:
 
     def __init__(self, target: str | os.PathLike[str] | TextIO) -> None:
         self._owned = isinstance(target, str | os.PathLike)
-        self._stream: TextIO = Path(target).open("a", encoding="utf-8") if self._owned else target  # type: ignore[arg-type, assignment]
+        self._stream = (
+            Path(target).open("a", encoding="utf-8")  # noqa: SIM115
+            if isinstance(target, str | os.PathLike)
+            else target
+        )
 
     def __call__(self, event: Event) -> None:
         line = {"time": round(time.time(), 3)} | event.to_dict()
@@ -183,6 +187,8 @@ class Terminal:
             case Metric():
                 self._result(_metric_line(event))
             case Table():
+                if event.title:
+                    self._result(Text("\n" + event.title, "bold"))
                 self._result(_table(event))
             case Finished():
                 self._result(Text.assemble(("written: ", "bold green"), event.folder))
@@ -223,8 +229,10 @@ class Terminal:
 
     def _result(self, item: Text | RichTable) -> None:
         self.close()  # the bar lives on stderr: both on one screen would overwrite one another
-        width = self._out.width if self._out.is_terminal else max(PLAIN_WIDTH, _widest(self._out, item))
-        self._out.print(item, width=width, soft_wrap=isinstance(item, Text))
+        if isinstance(item, Text):
+            self._out.print(item, soft_wrap=True)
+        else:
+            self._out.print(item, width=None if self._out.is_terminal else _widest(self._out, item))
 
 
 class _Console(Console):
@@ -239,7 +247,7 @@ def _console(file: TextIO | None, *, stderr: bool) -> Console:
     return console
 
 
-def _widest(console: Console, item: Text | RichTable) -> int:
+def _widest(console: Console, item: RichTable) -> int:
     wide = console.options.update(width=10_000, max_width=10_000)
     return console.measure(item, options=wide).maximum
 
@@ -259,8 +267,7 @@ def _metric_line(event: Metric) -> Text:
 
 
 def _table(event: Table) -> RichTable:
-    title = Text(event.title, "bold") if event.title else None
-    table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, name in enumerate(event.columns):
         cells = [row[index] for row in event.rows if row[index].strip() not in BLANK]
         numeric = bool(cells) and all(NUMBER.fullmatch(cell.strip()) for cell in cells)

@@ -1,0 +1,5 @@
+"""`python -m ssmcompress` is the command line."""
+
+from ssmcompress.cli import main
+
+main()

@@ -1,0 +1,328 @@
+"""The command line: each verb parses, calls the function of its name, and turns what went wrong into an exit code."""
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+import ssmcompress
+from ssmcompress.errors import ResourceError, SsmcompressError
+from ssmcompress.events import Emit, Failed, JsonLines, Terminal
+
+INTERRUPTED, BROKEN_PIPE = 130, 141
+SHIPPED = "default"  # the text that comes with the package
+RESOURCES = {
+    errno.EACCES: "may not be read or written",
+    errno.EPERM: "may not be changed",
+    errno.EROFS: "lies on a read-only disk",
+    errno.ENOSPC: "does not fit: the disk is full",
+    errno.EDQUOT: "does not fit: the quota is used up",
+    errno.ENOMEM: "does not fit into memory",
+}
+
+app = typer.Typer(
+    name="ssmcompress",
+    help="Makes pretrained Mamba, Mamba-2 and hybrid checkpoints smaller, and shows what was lost.\n\n"
+    "MODEL is a shipped checkpoint (ref:mamba, ref:mamba2), a hub id (with @revision), or a folder.",
+    epilog="Start with: ssmcompress prune ref:mamba --method wanda --sparsity 0.5 --out out/wanda50",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Backend = Literal["auto", "native", "torch", "cuda", "reference"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Method = Literal["wanda", "magnitude", "sparsegpt"]
+
+WHAT, TEXT, MEASURE, OUTPUT, COMPUTE = "What to prune", "Calibration", "Measuring", "Output", "Computing"
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="ref:NAME, a hub id with optional @revision, or a folder.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=OUTPUT)]
+Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines.", rich_help_panel=OUTPUT)]
+Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.", rich_help_panel=COMPUTE)]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.", rich_help_panel=COMPUTE)]
+ComputeDtype = Annotated[
+    Dtype, typer.Option("--dtype", help="Of the computation; auto: float32 on a CPU.", rich_help_panel=COMPUTE)
+]
+Kernels = Annotated[
+    Backend, typer.Option("--backend", help="Kernels; auto: the fastest there is.", rich_help_panel=COMPUTE)
+]
+PruneMethod = Annotated[Method, typer.Option("--method", help="How weights are scored.", rich_help_panel=WHAT)]
+Sparsity = Annotated[float, typer.Option("--sparsity", help="Share of weights set to zero.", rich_help_panel=WHAT)]
+Pattern = Annotated[
+    str | None,
+    typer.Option("--pattern", metavar="N:M", help="Keep N of every M inputs instead (2:4).", rich_help_panel=WHAT),
+]
+Scope = Annotated[
+    Literal["row", "tensor"] | None,
+    typer.Option("--scope", help="Where scores compete; wanda: row, magnitude: tensor.", rich_help_panel=WHAT),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", metavar="MODULE", help="Only this module (repeatable).", rich_help_panel=WHAT),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="MODULE", help="Not this module (repeatable).", rich_help_panel=WHAT),
+]
+Calib = Annotated[
+    str | None,
+    typer.Option("--calib", help="Text, JSON lines or a data set id; else the shipped text.", rich_help_panel=TEXT),
+]
+CalibSplit = Annotated[str | None, typer.Option("--calib-split", help="Of the data set.", rich_help_panel=TEXT)]
+CalibColumn = Annotated[str | None, typer.Option("--calib-column", help="That holds the text.", rich_help_panel=TEXT)]
+CalibMix = Annotated[
+    Literal["recall"] | None,
+    typer.Option("--calib-mix", help="Mix in memory exercises.", rich_help_panel=TEXT),
+]
+Windows = Annotated[int, typer.Option("--windows", min=1, help="Number of token windows.", rich_help_panel=TEXT)]
+Length = Annotated[int, typer.Option("--length", min=1, help="Tokens a window.", rich_help_panel=TEXT)]
+
+
+@contextmanager
+def telling(json: bool) -> Iterator[Emit]:
+    """A listener for the work inside, whose errors become sentences and exit codes."""
+    terminal = Terminal()
+    emit: Emit = JsonLines(sys.stdout) if json else terminal
+    try:
+        with terminal:
+            yield emit
+            sys.stdout.flush()
+    except SsmcompressError as error:
+        _fail(error, emit if json else None)
+    except KeyboardInterrupt:
+        terminal(Failed("Interrupted: nothing was written under the final name.", exit_code=INTERRUPTED))
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # the reader left: whatever is flushed at exit must not complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from None
+    except Exception as error:
+        resource = _resource(error)
+        if resource is None:
+            traceback.print_exc()
+            terminal(Failed("This is a bug in ssmcompress.", "Please report it with the lines above."))
+            raise typer.Exit(1) from None
+        _fail(resource, emit if json else None)
+
+
+def _fail(error: SsmcompressError, emit: Emit | None) -> NoReturn:
+    event = Failed(error.message, error.hint, error.exit_code)
+    if emit is not None:
+        emit(event)
+    Terminal()(event)
+    raise typer.Exit(error.exit_code) from None
+
+
+def _resource(error: Exception) -> ResourceError | None:
+    """What the machine did not give, or None where the error is something else."""
+    text = str(error)
+    rust = re.search(r"Os \{ code: (\d+)", text)  # safetensors passes the system's error on as text
+    code = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
+    if code in RESOURCES:
+        name = getattr(error, "filename", None) or "A file"
+        return ResourceError(f"{name} {RESOURCES[code]}.", hint="Make room, or choose another folder with --out.")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return ResourceError("Memory ran out.", hint="Lower --windows, --length or --batch-size.")
+    return None
+
+
+def _call(verb: str, *, json: bool, **options: Any) -> None:
+    for repeatable in {"include", "exclude"} & options.keys():
+        options[repeatable] = tuple(options[repeatable] or ())
+    with telling(json) as emit:
+        function: Callable[..., Any] = getattr(ssmcompress, verb)
+        function(**options, emit=emit)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ssmcompress {ssmcompress.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+@app.command(epilog="Example: ssmcompress prune ref:mamba --pattern 2:4 --out out/wanda-2-4")
+def prune(
+    model: Model,
+    *,
+    method: PruneMethod = "wanda",
+    sparsity: Sparsity = 0.5,
+    pattern: Pattern = None,
+    scope: Scope = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    calib: Calib = None,
+    calib_split: CalibSplit = None,
+    calib_column: CalibColumn = None,
+    calib_mix: CalibMix = None,
+    windows: Windows = 64,
+    length: Length = 512,
+    no_eval: Annotated[
+        bool, typer.Option("--no-eval", help="Skip the figures before and after.", rich_help_panel=OUTPUT)
+    ] = False,
+    out: Out,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: ComputeDtype = "auto",
+    backend: Kernels = "auto",
+) -> None:
+    """Set weights to zero, write the checkpoint, load it again and measure it."""
+    _call("prune", **locals())
+
+
+@app.command(epilog="Example: ssmcompress plan ref:mamba --pattern 2:4")
+def plan(
+    model: Model,
+    *,
+    method: PruneMethod = "wanda",
+    sparsity: Sparsity = 0.5,
+    pattern: Pattern = None,
+    scope: Scope = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    calib: Calib = None,
+    calib_split: CalibSplit = None,
+    calib_column: CalibColumn = None,
+    calib_mix: CalibMix = None,
+    windows: Windows = 64,
+    length: Length = 512,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: ComputeDtype = "auto",
+    backend: Kernels = "auto",
+) -> None:
+    """Show what prune would change: parameters and bytes before and after, and who loads the result."""
+    _call("plan", **locals())
+
+
+@app.command(epilog="Example: ssmcompress apply out/wanda50/edits.safetensors ref:mamba --out out/again")
+def apply(
+    edits: Annotated[Path, typer.Argument(metavar="EDITS", help="edits.safetensors of an earlier output.")],
+    model: Model,
+    *,
+    out: Out,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    backend: Kernels = "auto",
+) -> None:
+    """Apply the edits of an earlier run again: the same bytes, without calibration."""
+    _call("apply", **locals())
+
+
+@app.command(epilog="Example: ssmcompress eval out/wanda50 --perplexity --recall --out results/wanda50")
+def eval(
+    model: Model,
+    *,
+    perplexity: Annotated[
+        str | None,
+        typer.Option(
+            "--perplexity",
+            metavar="[TEXT]",
+            help="Bits per byte and perplexity on a text or JSON lines file; alone: on the shipped text. "
+            "The default where no other measure is asked for.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Copying and key-value recall.", rich_help_panel=MEASURE)
+    ] = False,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens a window.", rich_help_panel=MEASURE)] = 512,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first so many documents.", rich_help_panel=MEASURE)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for summary.json.", rich_help_panel=OUTPUT)] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Windows at a time.", rich_help_panel=COMPUTE)
+    ] = 8,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: ComputeDtype = "auto",
+    backend: Kernels = "auto",
+) -> None:
+    """Measure a checkpoint as it lies on disk."""
+    perplexity = perplexity or (None if recall else SHIPPED)
+    _call("evaluate", **locals())
+
+
+@app.command(epilog='Example: ssmcompress generate out/wanda50 --against ref:mamba --prompt "Once upon a time"')
+def generate(
+    model: Model,
+    *,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="MODEL", help="A second model, shown beside the first.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.0,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: ComputeDtype = "auto",
+    backend: Kernels = "auto",
+) -> None:
+    """Continue a prompt, with one model or with two side by side."""
+    _call("generate", **locals())
+
+
+@app.command(epilog="Example: ssmcompress convert out/wanda50 --to mamba-ssm --out out/original-layout")
+def convert(
+    model: Model,
+    *,
+    to: Annotated[Literal["hf", "mamba-ssm"], typer.Option("--to", help="Layout to write.", rich_help_panel=OUTPUT)],
+    out: Out,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Rewrite a checkpoint in the Hugging Face or the mamba-ssm layout."""
+    _call("convert", **locals())
+
+
+@app.command(epilog="Example: ssmcompress doctor")
+def doctor(json: Json = False) -> None:
+    """Report packages, compiler and kernels, and check every kernel against the reference."""
+    _call("doctor", **locals())
+
+
+@app.command(epilog="Example: ssmcompress models")
+def models(json: Json = False) -> None:
+    """List the supported families and the shipped checkpoints."""
+    _call("models", **locals())
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and leaves with its exit code."""
+    app(_bare_perplexity(list(sys.argv[1:] if arguments is None else arguments)), prog_name="ssmcompress")
+    sys.exit(0)
+
+
+def _bare_perplexity(arguments: list[str]) -> list[str]:
+    """Lets --perplexity stand without a value, which typer's options cannot."""
+    following = [*arguments[1:], "--"]
+    return [
+        f"--perplexity={SHIPPED}" if argument == "--perplexity" and after.startswith("-") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
