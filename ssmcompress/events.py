@@ -231,8 +231,10 @@ class Terminal:
         self.close()  # the bar lives on stderr: both on one screen would overwrite one another
         if isinstance(item, Text):
             self._out.print(item, soft_wrap=True)
-        else:
-            self._out.print(item, width=None if self._out.is_terminal else _widest(self._out, item))
+            return
+        if not self._out.is_terminal:
+            self._out.width = max(PLAIN_WIDTH, _widest(self._out, item))
+        self._out.print(item)
 
 
 class _Console(Console):

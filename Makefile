@@ -1,0 +1,35 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test check bench regress clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	for model in mamba mamba2; do for method in magnitude wanda; do \
+	  $(BIN)/ssmcompress prune ref:$$model --method $$method --sparsity 0.5 --out out/$$model-$$method --overwrite || exit; \
+	done; done
+
+test: $(READY)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: $(READY)
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python evals/bench/cpu.py
+
+regress: $(READY)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(wildcard tests/golden) tests/flow
+
+clean:
+	rm -rf out build dist .pytest_cache .ruff_cache .mypy_cache
+	find ssmcompress tests evals -name __pycache__ -exec rm -rf {} +
