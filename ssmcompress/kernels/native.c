@@ -1,413 +1,469 @@
-/* Short convolution, Mamba-1 scan and single-step update, forward and backward.
- *
- * Sixteen channels travel together as one vector; GCC's vector extensions turn that into whatever the CPU has.
- * Rows are [length, channels] with the channels contiguous, in float32 or bfloat16; state and sums are float32.
- * Every sum is taken in a fixed order, so the same input on the same number of threads gives the same bits.
- */
+// Mamba kernels for the CPU: causal convolution, selective scan (both with backward) and single-token updates.
+//
+// Work is cut into tasks of one batch row and LANES channels. Channels lie innermost, so every inner loop runs over
+// LANES independent recurrences and vectorises whatever the state size. A task writes only its own outputs; sums over
+// tasks are left to the caller, so results do not depend on the number of threads or on timing.
+//
+// Layout is channels last. Arithmetic is float32; sequences are float32 or bfloat16 in memory.
+
+#include <omp.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
-#define LANES 16
-#define CHUNK 16 /* tokens between kept states: the backward recomputes the ones in between */
-#define INLINE static inline __attribute__((always_inline))
+// LANES, SPAN, MAX_TAPS and MAX_STATES come from native.py, which sizes the buffers.
 
-typedef float vf __attribute__((vector_size(4 * LANES)));
-typedef int32_t vi __attribute__((vector_size(4 * LANES)));
-typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+static const float LOG2E = 1.44269504f, LN2 = 0.693147181f, PAD = -1e4f;
 
+// A sequence [batch, time, channel] or its gradient; strides in elements, channels contiguous.
 typedef struct {
     void *data;
-    int64_t batch, row; /* strides, in elements */
+    int64_t batch, time;
 } rows;
 
-INLINE vf splat(float x) { return (vf){0} + x; }
-INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
-INLINE vf smaller(vf a, vf b) { return choose(a < b, a, b); }
-
-/* 2^k · p(r) with x = k ln 2 + r, |r| ≤ ln 2 / 2; relative error 1e-7; exactly 0 below the normal numbers. */
-INLINE vf vexp(vf x) {
-    vf held = smaller(larger(x, splat(-87.3f)), splat(88.3f));
-    vf shifted = held * 1.44269504f + 12582912.0f; /* adding 1.5 · 2^23 rounds to an integer in the low bits */
-    vf k = shifted - 12582912.0f;
-    vf r = held - k * 0.693145752f - k * 1.42860677e-6f;
-    vf p = splat(1.3981999e-3f);
-    p = p * r + 8.3334520e-3f;
-    p = p * r + 4.1665795e-2f;
-    p = p * r + 1.6666665e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    vf scaled = (vf)((vi)p + ((vi)shifted << 23));
-    return choose(x < -87.3f, splat(0), scaled);
-}
-
-/* log(1 + w) for 0 ≤ w ≤ 1, as 2 artanh(w / (2 + w)). */
-INLINE vf vlog1p(vf w) {
-    vf s = w / (w + 2.0f), q = s * s, p = splat(2.0f / 17);
-    for (int k = 15; k >= 1; k -= 2) p = p * q + 2.0f / (float)k;
-    return p * s;
-}
-
-INLINE vf softplus(vf x) {
-    vf size = larger(x, -x);
-    return larger(x, splat(0)) + vlog1p(vexp(-size));
-}
-
-INLINE vf sigmoid(vf x) { return 1.0f / (vexp(-x) + 1.0f); }
-
-INLINE float sum(vf x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
-}
-
-INLINE int lanes(int64_t width, int64_t at) { return width - at < LANES ? (int)(width - at) : LANES; }
-
-INLINE vf load(const void *data, int64_t at, int count, int half) {
-    if (half) {
-        vh narrow = {0};
-        if (count == LANES) memcpy(&narrow, (const uint16_t *)data + at, sizeof narrow);
-        else memcpy(&narrow, (const uint16_t *)data + at, 2 * (size_t)count);
-        return (vf)(__builtin_convertvector(narrow, vi) << 16);
-    }
-    vf wide = {0};
-    if (count == LANES) memcpy(&wide, (const float *)data + at, sizeof wide);
-    else memcpy(&wide, (const float *)data + at, 4 * (size_t)count);
-    return wide;
-}
-
-INLINE void store(void *data, int64_t at, int count, int half, vf value) {
-    if (half) {
-        vi bits = (vi)value; /* round to the nearest even bfloat16 */
-        vh narrow = __builtin_convertvector(((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff, vh);
-        memcpy((uint16_t *)data + at, &narrow, 2 * (size_t)count);
-    } else {
-        memcpy((float *)data + at, &value, 4 * (size_t)count);
-    }
-}
-
-/* A [channels, size] matrix of states, sixteen channels at a time, as one vector for each state. */
-INLINE void gather(vf *into, const float *from, int64_t size, int count) {
-    for (int64_t n = 0; n < size; n++) {
-        into[n] = splat(0);
-        for (int i = 0; i < count; i++) into[n][i] = from[i * size + n];
-    }
-}
-
-INLINE void scatter(float *into, const vf *from, int64_t size, int count) {
-    for (int64_t n = 0; n < size; n++)
-        for (int i = 0; i < count; i++) into[i * size + n] = from[n][i];
-}
-
-static void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64 + 64); }
-
-/* ---- Mamba-1 scan ---------------------------------------------------------------------------------------------- */
-
 typedef struct {
-    int64_t batch, length, width, size, threads, half;
-    rows u, dt, z, y;         /* z.data may be null */
-    const float *A;           /* [width, size], negative */
-    const float *B, *C;       /* [batch, length, size], contiguous */
-    const float *D, *bias;    /* [width] or null */
-    const float *start;       /* [batch, width, size] or null */
-    float *state;             /* [batch, width, size]: the last state */
-    float *kept;              /* states before every chunk, for the backward, or null */
+    int64_t batch, length, width, size, bf16, threads;
+    rows u, dt, B, C, z, y;                // z.data may be null
+    const float *A, *D, *dt_bias, *initial;  // [width, size], [width], [width], [batch, width, size]; all but A may be null
+    float *final;                          // [batch, width, size]
+    float *saved;                          // states before each span, [task, span, size, LANES]; null without backward
+    // backward only
     rows grad_y, grad_u, grad_dt, grad_z;
-    const float *grad_state;  /* [batch, width, size] */
-    float *grad_A, *grad_start; /* [batch, width, size] */
-    float *grad_B, *grad_C;   /* [threads, batch, length, size], contiguous */
-    float *grad_D, *grad_bias; /* [batch, width] */
-} scan;
+    const float *grad_final;                     // may be null
+    float *grad_initial, *grad_A;                // [batch, width, size]
+    float *grad_D, *grad_dt_bias;                // [batch, width]
+    float *grad_B, *grad_C;                      // [task, length, size]
+    float *scratch;                              // [thread, 2 SPAN + 4, size, LANES]
+} scan_job;
 
-INLINE int64_t blocks_of(int64_t width) { return (width + LANES - 1) / LANES; }
-INLINE int64_t chunks_of(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
-INLINE vf *kept_at(const scan *s, int64_t b, int64_t chunk, int64_t block) {
-    int64_t index = (b * chunks_of(s->length) + chunk) * blocks_of(s->width) + block;
-    return (vf *)s->kept + index * s->size;
-}
-
-INLINE void forward_block(const scan *s, int64_t b, int64_t block, int half, int gated) {
-    int64_t at = block * LANES, N = s->size;
-    int count = lanes(s->width, at);
-    vf A[N], h[N];
-    gather(A, s->A + at * N, N, count);
-    for (int64_t n = 0; n < N; n++) h[n] = splat(0);
-    if (s->start) gather(h, s->start + (b * s->width + at) * N, N, count);
-    vf D = s->D ? load(s->D, at, count, 0) : splat(0), bias = s->bias ? load(s->bias, at, count, 0) : splat(0);
-    for (int64_t t = 0; t < s->length; t++) {
-        if (s->kept && t % CHUNK == 0) memcpy(kept_at(s, b, t / CHUNK, block), h, sizeof(vf) * (size_t)N);
-        const float *B = s->B + (b * s->length + t) * N, *C = s->C + (b * s->length + t) * N;
-        vf u = load(s->u.data, b * s->u.batch + t * s->u.row + at, count, half);
-        vf delta = softplus(load(s->dt.data, b * s->dt.batch + t * s->dt.row + at, count, half) + bias);
-        vf y = D * u, inflow = delta * u;
-        for (int64_t n = 0; n < N; n++) {
-            h[n] = vexp(delta * A[n]) * h[n] + inflow * B[n];
-            y += h[n] * C[n];
-        }
-        if (gated) {
-            vf z = load(s->z.data, b * s->z.batch + t * s->z.row + at, count, half);
-            y *= z * sigmoid(z);
-        }
-        store(s->y.data, b * s->y.batch + t * s->y.row + at, count, half, y);
-    }
-    scatter(s->state + (b * s->width + at) * N, h, N, count);
-}
-
-void scan_forward(const scan *s) {
-    int64_t blocks = blocks_of(s->width);
-#pragma omp parallel for num_threads(s->threads) schedule(static)
-    for (int64_t task = 0; task < s->batch * blocks; task++) {
-        int64_t b = task / blocks, block = task % blocks;
-        if (s->half && s->z.data) forward_block(s, b, block, 1, 1);
-        else if (s->half) forward_block(s, b, block, 1, 0);
-        else if (s->z.data) forward_block(s, b, block, 0, 1);
-        else forward_block(s, b, block, 0, 0);
-    }
-}
-
-/* What one thread carries while it walks a row of blocks backwards in time. */
 typedef struct {
-    vf *grad, *grad_A, *grad_D, *grad_bias; /* of every block: what flows into the last state, sums over time */
-    vf *states, *decay;                     /* of the chunk at hand: [CHUNK + 1, size], [CHUNK, size] */
-    vf *grad_B, *grad_C;                    /* of the chunk at hand: [CHUNK, size], still one sum for each lane */
-} backward;
+    int64_t batch, length, width, taps, silu, bf16, threads;
+    rows x, left, y;              // left holds the taps - 1 rows before x; null means zeros
+    const float *weight, *bias;   // [width, taps], [width] or null
+    rows grad_y, grad_x, grad_left;
+    float *grad_weight, *grad_bias;  // [batch, width, taps], [batch, width]
+} conv_job;
 
-/* States and decays of one chunk again, from the state kept before it. */
-INLINE void replay(const scan *s, const backward *w, const vf *A, vf bias, int64_t b, int64_t chunk, int64_t block,
-                   int half) {
-    int64_t at = block * LANES, N = s->size, from = chunk * CHUNK;
-    int count = lanes(s->width, at);
-    memcpy(w->states, kept_at(s, b, chunk, block), sizeof(vf) * (size_t)N);
-    for (int64_t t = from; t < s->length && t < from + CHUNK; t++) {
-        const float *B = s->B + (b * s->length + t) * N;
-        vf u = load(s->u.data, b * s->u.batch + t * s->u.row + at, count, half);
-        vf delta = softplus(load(s->dt.data, b * s->dt.batch + t * s->dt.row + at, count, half) + bias);
-        vf *before = w->states + (t - from) * N, *decay = w->decay + (t - from) * N;
-        for (int64_t n = 0; n < N; n++) {
-            decay[n] = vexp(delta * A[n]);
-            before[N + n] = decay[n] * before[n] + delta * u * B[n];
-        }
+typedef struct {
+    int64_t batch, heads, width, size, groups, bf16, threads;
+    rows x, dt, B, C, y;  // "time" is the head of x and y, the group of B and C
+    const float *A, *D, *dt_bias;
+    float *state;  // [batch, heads, width, size]
+    float low, high;
+} ssd_job;
+
+// ---- arithmetic --------------------------------------------------------------------------------------------------
+
+// 2^x to 1.2e-7: exactly 1 at 0, 0 below 2^-127 and infinite from 2^128; NaN stays NaN.
+static inline float exp2_fast(float x) {
+    const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
+    x = -127.f > x ? -127.f : x;
+    x = 128.f < x ? 128.f : x;
+    float shifted = x + magic, f = x - (shifted - magic);
+    float p = 0.00015353362f;
+    p = p * f + 0.0013398874f;
+    p = p * f + 0.009618437f;
+    p = p * f + 0.055503324f;
+    p = p * f + 0.24022648f;
+    p = p * f + 0.6931472f;
+    p = p * f + 1.f;
+    uint32_t bits, exponent;
+    memcpy(&bits, &p, 4);
+    memcpy(&exponent, &shifted, 4);
+    bits += exponent << 23;
+    memcpy(&p, &bits, 4);
+    return p;
+}
+
+static inline float sigmoid(float x) { return 1.f / (1.f + exp2_fast(-x * LOG2E)); }
+
+// max(x, 0) + log(1 + e^-|x|), the logarithm as 2 artanh(e / (2 + e)), accurate also where e is tiny; 0 at PAD.
+static inline float softplus(float x) {
+    float e = exp2_fast((x < 0.f ? x : -x) * LOG2E);
+    float s = e / (2.f + e), q = s * s;
+    float series = 0.2802446f;
+    series = series * q + 0.27999142f;
+    series = series * q + 0.400217f;
+    series = series * q + 0.6666641f;
+    return (x < 0.f ? 0.f : x) + s * (2.f + q * series);
+}
+
+// ---- memory ------------------------------------------------------------------------------------------------------
+
+static inline float from_bf16(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+    return value != value ? 0x7fc0 : (uint16_t)rounded;
+}
+
+// Reads `count` channels from `first` of one row, zeros for the rest of the `lanes`.
+static inline void load(float *restrict to, rows from, int64_t b, int64_t t, int64_t first, int64_t count, int64_t lanes,
+                        int64_t bf16) {
+    int64_t at = b * from.batch + t * from.time + first;
+    if (count < lanes) memset(to, 0, (size_t)lanes * sizeof *to);
+    if (bf16) {
+        const uint16_t *source = (const uint16_t *)from.data + at;
+        for (int64_t i = 0; i < count; i++) to[i] = from_bf16(source[i]);
+    } else {
+        memcpy(to, (const float *)from.data + at, (size_t)count * sizeof *to);
     }
 }
 
-INLINE void backward_chunk(const scan *s, const backward *w, int64_t b, int64_t chunk, int64_t block, int64_t first,
-                           int half) {
-    int64_t at = block * LANES, N = s->size, from = chunk * CHUNK, own = block - first;
-    int64_t last = (s->length < from + CHUNK ? s->length : from + CHUNK) - 1;
-    int count = lanes(s->width, at);
-    vf A[N], *grad = w->grad + own * N, *grad_A = w->grad_A + own * N;
-    gather(A, s->A + at * N, N, count);
-    vf D = s->D ? load(s->D, at, count, 0) : splat(0), bias = s->bias ? load(s->bias, at, count, 0) : splat(0);
-    replay(s, w, A, bias, b, chunk, block, half);
-    for (int64_t t = last; t >= from; t--) {
-        const float *B = s->B + (b * s->length + t) * N, *C = s->C + (b * s->length + t) * N;
-        vf *before = w->states + (t - from) * N, *decay = w->decay + (t - from) * N;
-        vf *grad_B = w->grad_B + (t - from) * N, *grad_C = w->grad_C + (t - from) * N;
-        vf u = load(s->u.data, b * s->u.batch + t * s->u.row + at, count, half);
-        vf dt = load(s->dt.data, b * s->dt.batch + t * s->dt.row + at, count, half) + bias;
-        vf gy = load(s->grad_y.data, b * s->grad_y.batch + t * s->grad_y.row + at, count, half);
-        vf delta = softplus(dt);
-        if (s->z.data) {
-            vf z = load(s->z.data, b * s->z.batch + t * s->z.row + at, count, half), gate = sigmoid(z), y = D * u;
-            for (int64_t n = 0; n < N; n++) y += before[N + n] * C[n];
-            vf slope = gate * (1.0f + z * (1.0f - gate));
-            store(s->grad_z.data, b * s->grad_z.batch + t * s->grad_z.row + at, count, half, gy * y * slope);
-            gy *= z * gate;
-        }
-        vf inflow = splat(0), grad_delta = splat(0);
-        for (int64_t n = 0; n < N; n++) {
-            vf g = grad[n] + gy * C[n], faded = g * decay[n], moved = faded * before[n];
-            grad_C[n] += gy * before[N + n];
-            grad_B[n] += g * delta * u;
-            inflow += g * B[n];
-            grad_delta += moved * A[n];
-            grad_A[n] += moved * delta;
-            grad[n] = faded;
-        }
-        vf grad_dt = (grad_delta + inflow * u) * sigmoid(dt);
-        w->grad_D[own] += gy * u;
-        w->grad_bias[own] += grad_dt;
-        store(s->grad_u.data, b * s->grad_u.batch + t * s->grad_u.row + at, count, half, gy * D + inflow * delta);
-        store(s->grad_dt.data, b * s->grad_dt.batch + t * s->grad_dt.row + at, count, half, grad_dt);
+static inline void store(rows to, const float *restrict from, int64_t b, int64_t t, int64_t first, int64_t count,
+                         int64_t bf16) {
+    int64_t at = b * to.batch + t * to.time + first;
+    if (bf16) {
+        uint16_t *target = (uint16_t *)to.data + at;
+        for (int64_t i = 0; i < count; i++) target[i] = to_bf16(from[i]);
+    } else {
+        memcpy((float *)to.data + at, from, (size_t)count * sizeof *from);
     }
 }
 
-/* One thread's share of one row: blocks first … end - 1, all of time, chunk after chunk from the end. */
-static void backward_row(const scan *s, int64_t b, int64_t thread, int64_t first, int64_t end) {
-    int64_t N = s->size, own = end - first;
-    vf *space = aligned(sizeof(vf) * (size_t)(2 * own * N + 2 * own + (4 * CHUNK + 1) * N));
-    backward w = {.grad = space};
-    w.grad_A = w.grad + own * N;
-    w.grad_D = w.grad_A + own * N;
-    w.grad_bias = w.grad_D + own;
-    w.states = w.grad_bias + own;
-    w.decay = w.states + (CHUNK + 1) * N;
-    w.grad_B = w.decay + CHUNK * N;
-    w.grad_C = w.grad_B + CHUNK * N;
-    memset(w.grad_A, 0, sizeof(vf) * (size_t)(own * N + 2 * own));
-    for (int64_t block = first; block < end; block++) {
-        int64_t at = block * LANES;
-        gather(w.grad + (block - first) * N, s->grad_state + (b * s->width + at) * N, N, lanes(s->width, at));
-    }
-    for (int64_t chunk = chunks_of(s->length) - 1; chunk >= 0; chunk--) {
-        memset(w.grad_B, 0, sizeof(vf) * (size_t)(2 * CHUNK * N));
-        for (int64_t block = first; block < end; block++) {
-            if (s->half) backward_chunk(s, &w, b, chunk, block, first, 1);
-            else backward_chunk(s, &w, b, chunk, block, first, 0);
-        }
-        int64_t from = chunk * CHUNK, tokens = s->length - from < CHUNK ? s->length - from : CHUNK;
-        int64_t out = ((thread * s->batch + b) * s->length + from) * N;
-        for (int64_t i = 0; i < tokens * N; i++) {
-            s->grad_B[out + i] = sum(w.grad_B[i]);
-            s->grad_C[out + i] = sum(w.grad_C[i]);
-        }
-    }
-    for (int64_t block = first; block < end; block++) {
-        int64_t at = block * LANES, own_at = block - first;
-        int count = lanes(s->width, at);
-        scatter(s->grad_A + (b * s->width + at) * N, w.grad_A + own_at * N, N, count);
-        scatter(s->grad_start + (b * s->width + at) * N, w.grad + own_at * N, N, count);
-        store(s->grad_D, b * s->width + at, count, 0, w.grad_D[own_at]);
-        store(s->grad_bias, b * s->width + at, count, 0, w.grad_bias[own_at]);
-    }
-    free(space);
+// [count, size] in memory to [size, LANES] in the task, scaled; null and missing lanes give zeros.
+static inline void gather(float (*restrict to)[LANES], const float *from, int64_t count, int64_t size, float scale) {
+    memset(to, 0, (size_t)size * sizeof *to);
+    if (!from) return;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t n = 0; n < size; n++) to[n][i] = from[i * size + n] * scale;
 }
 
-void scan_backward(const scan *s) {
-    int64_t blocks = blocks_of(s->width);
-#pragma omp parallel for num_threads(s->threads) schedule(static)
-    for (int64_t task = 0; task < s->batch * s->threads; task++) {
-        int64_t b = task % s->batch, thread = task / s->batch;
-        backward_row(s, b, thread, blocks * thread / s->threads, blocks * (thread + 1) / s->threads);
+static inline void scatter(float *to, float (*restrict from)[LANES], int64_t count, int64_t size) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t n = 0; n < size; n++) to[i * size + n] = from[n][i];
+}
+
+// ---- tasks -------------------------------------------------------------------------------------------------------
+
+static inline int64_t blocks(int64_t width) { return (width + LANES - 1) / LANES; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Runs the tasks on all threads. Denormals are flushed meanwhile: decaying states and gradients end there, and each
+// operation on one costs a hundred ordinary ones.
+static void run(void (*task)(const void *, int64_t), const void *job, int64_t tasks, int64_t threads) {
+#pragma omp parallel num_threads((int)threads) if (threads > 1 && tasks > 1)
+    {
+#ifdef __SSE__
+        unsigned mode = _mm_getcsr();
+        _mm_setcsr(mode | 0x8040);
+#endif
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < tasks; i++) task(job, i);
+#ifdef __SSE__
+        _mm_setcsr(mode);
+#endif
     }
 }
 
-/* One token: sixteen states of one channel travel together. y is [batch, width] like u, dt and z. */
-void scan_step(const scan *s) {
-    int half = (int)s->half;
-#pragma omp parallel for num_threads(s->threads) schedule(static)
-    for (int64_t task = 0; task < s->batch * blocks_of(s->width); task++) {
-        int64_t b = task / blocks_of(s->width), at = task % blocks_of(s->width) * LANES, N = s->size;
-        int count = lanes(s->width, at);
-        vf bias = s->bias ? load(s->bias, at, count, 0) : splat(0);
-        vf u = load(s->u.data, b * s->u.batch + at, count, half), y = splat(0);
-        vf delta = softplus(load(s->dt.data, b * s->dt.batch + at, count, half) + bias), inflow = delta * u;
-        for (int i = 0; i < count; i++) {
-            float *state = s->state + (b * s->width + at + i) * N;
-            vf total = splat(0);
-            for (int64_t n = 0; n < N; n += LANES) {
-                int part = lanes(N, n);
-                vf A = load(s->A, (at + i) * N + n, part, 0), C = load(s->C, b * N + n, part, 0);
-                vf h = vexp(delta[i] * A) * load(state, n, part, 0) + inflow[i] * load(s->B, b * N + n, part, 0);
-                store(state, n, part, 0, h);
-                total += h * C;
+// ---- causal convolution ------------------------------------------------------------------------------------------
+
+typedef struct {
+    int64_t b, first, count;
+    float weight[MAX_TAPS][LANES], bias[1][LANES], x[MAX_TAPS - 1 + SPAN][LANES];
+} conv_block;
+
+static void conv_open(conv_block *k, const conv_job *job, int64_t task) {
+    k->b = task / blocks(job->width);
+    k->first = task % blocks(job->width) * LANES;
+    k->count = smaller(LANES, job->width - k->first);
+    gather(k->weight, job->weight + k->first * job->taps, k->count, job->taps, 1.f);
+    gather(k->bias, job->bias ? job->bias + k->first : 0, k->count, 1, 1.f);
+    memset(k->x, 0, sizeof k->x);
+    for (int64_t t = 0; job->left.data && t < job->taps - 1; t++)
+        load(k->x[t], job->left, k->b, t, k->first, k->count, LANES, job->bf16);
+}
+
+// Loads a span behind the taps - 1 rows kept from before, and returns its length.
+static int64_t conv_span(conv_block *k, const conv_job *job, int64_t start) {
+    int64_t count = smaller(SPAN, job->length - start);
+    for (int64_t s = 0; s < count; s++)
+        load(k->x[job->taps - 1 + s], job->x, k->b, start + s, k->first, k->count, LANES, job->bf16);
+    return count;
+}
+
+static inline void conv_sum(float *restrict y, const conv_block *k, int64_t taps, int64_t s) {
+    memcpy(y, k->bias[0], sizeof k->bias[0]);
+    for (int64_t j = 0; j < taps; j++)
+        for (int64_t i = 0; i < LANES; i++) y[i] += k->x[s + j][i] * k->weight[j][i];
+}
+
+static void conv_forward(const void *data, int64_t task) {
+    const conv_job *job = data;
+    conv_block k;
+    conv_open(&k, job, task);
+    for (int64_t start = 0; start < job->length; start += SPAN) {
+        int64_t count = conv_span(&k, job, start);
+        for (int64_t s = 0; s < count; s++) {
+            float y[LANES];
+            conv_sum(y, &k, job->taps, s);
+            if (job->silu)
+                for (int64_t i = 0; i < LANES; i++) y[i] *= sigmoid(y[i]);
+            store(job->y, y, k.b, start + s, k.first, k.count, job->bf16);
+        }
+        memmove(k.x[0], k.x[SPAN], (size_t)(job->taps - 1) * sizeof k.x[0]);
+    }
+}
+
+static void conv_backward(const void *data, int64_t task) {
+    const conv_job *job = data;
+    const int64_t taps = job->taps, past = taps - 1;
+    conv_block k;
+    float grad_x[MAX_TAPS - 1 + SPAN][LANES] = {0}, grad_weight[MAX_TAPS][LANES] = {0}, grad_bias[1][LANES] = {0};
+    conv_open(&k, job, task);
+    for (int64_t start = 0; start < job->length + past; start += SPAN) {
+        int64_t count = start < job->length ? conv_span(&k, job, start) : 0;
+        for (int64_t s = 0; s < count; s++) {
+            float y[LANES], g[LANES];
+            load(g, job->grad_y, k.b, start + s, k.first, k.count, LANES, job->bf16);
+            if (job->silu) {
+                conv_sum(y, &k, taps, s);
+                for (int64_t i = 0; i < LANES; i++) {
+                    float gate = sigmoid(y[i]);
+                    g[i] *= gate * (1.f + y[i] * (1.f - gate));
+                }
             }
-            y[i] = sum(total);
+            for (int64_t i = 0; i < LANES; i++) grad_bias[0][i] += g[i];
+            for (int64_t j = 0; j < taps; j++)
+                for (int64_t i = 0; i < LANES; i++) {
+                    grad_weight[j][i] += g[i] * k.x[s + j][i];
+                    grad_x[s + j][i] += g[i] * k.weight[j][i];
+                }
         }
-        if (s->D) y += load(s->D, at, count, 0) * u;
-        if (s->z.data) {
-            vf z = load(s->z.data, b * s->z.batch + at, count, half);
-            y *= z * sigmoid(z);
-        }
-        store(s->y.data, b * s->y.batch + at, count, half, y);
+        // no later row reaches the first SPAN sums; row 0 stands for the first row of left
+        for (int64_t s = 0, row = start; s < SPAN && row < job->length + past; s++, row++)
+            if (row >= past)
+                store(job->grad_x, grad_x[s], k.b, row - past, k.first, k.count, job->bf16);
+            else if (job->grad_left.data)
+                store(job->grad_left, grad_x[s], k.b, row, k.first, k.count, job->bf16);
+        memmove(k.x[0], k.x[SPAN], (size_t)past * sizeof k.x[0]);
+        memmove(grad_x[0], grad_x[SPAN], (size_t)past * sizeof grad_x[0]);
+        memset(grad_x[past], 0, SPAN * sizeof grad_x[0]);
     }
+    int64_t channel = k.b * job->width + k.first;
+    scatter(job->grad_weight + channel * taps, grad_weight, k.count, taps);
+    scatter(job->grad_bias + channel, grad_bias, k.count, 1);
 }
 
-/* ---- short convolution ----------------------------------------------------------------------------------------- */
+void ssm_conv_forward(const conv_job *job) { run(conv_forward, job, job->batch * blocks(job->width), job->threads); }
+void ssm_conv_backward(const conv_job *job) { run(conv_backward, job, job->batch * blocks(job->width), job->threads); }
+
+// ---- selective scan ----------------------------------------------------------------------------------------------
 
 typedef struct {
-    int64_t batch, length, width, kernel, threads, half, silu;
-    rows x, y;
-    const float *weight; /* [kernel, width] */
-    const float *bias;   /* [width] or null */
-    const void *left;    /* [batch, kernel - 1, width], the type of x, or null */
-    rows grad_y, grad_x;
-    float *grad_pre;     /* [batch, length, width] */
-    float *grad_left;    /* [batch, kernel - 1, width] */
-    float *grad_weight;  /* [threads, kernel, width] */
-    float *grad_bias;    /* [threads, width] */
-} convolution;
+    int64_t b, first, count;
+    float D[1][LANES], dt_bias[1][LANES];
+} scan_block;
 
-/* Input of token t, which may lie before the first one. */
-INLINE vf input(const convolution *c, int64_t b, int64_t t, int64_t at, int count, int half) {
-    if (t >= 0) return load(c->x.data, b * c->x.batch + t * c->x.row + at, count, half);
-    if (!c->left) return splat(0);
-    return load(c->left, (b * (c->kernel - 1) + c->kernel - 1 + t) * c->width + at, count, half);
+// What one token brings: raw is dt + dt_bias, delta its softplus, inflow delta u.
+typedef struct {
+    float u[LANES], raw[LANES], delta[LANES], inflow[LANES], B[MAX_STATES], C[MAX_STATES];
+} token;
+
+static void scan_open(scan_block *k, const scan_job *job, int64_t task) {
+    k->b = task / blocks(job->width);
+    k->first = task % blocks(job->width) * LANES;
+    k->count = smaller(LANES, job->width - k->first);
+    gather(k->D, job->D ? job->D + k->first : 0, k->count, 1, 1.f);
+    gather(k->dt_bias, job->dt_bias ? job->dt_bias + k->first : 0, k->count, 1, 1.f);
 }
 
-INLINE vf convolve(const convolution *c, int64_t b, int64_t t, int64_t at, int count, int half) {
-    vf y = c->bias ? load(c->bias, at, count, 0) : splat(0);
-    for (int64_t k = 0; k < c->kernel; k++)
-        y += load(c->weight, k * c->width + at, count, 0) * input(c, b, t - c->kernel + 1 + k, at, count, half);
-    return y;
-}
-
-INLINE void convolve_row(const convolution *c, int64_t b, int64_t t, int half) {
-    for (int64_t at = 0; at < c->width; at += LANES) {
-        int count = lanes(c->width, at);
-        vf y = convolve(c, b, t, at, count, half);
-        store(c->y.data, b * c->y.batch + t * c->y.row + at, count, half, c->silu ? y * sigmoid(y) : y);
+static inline void read_token(token *restrict x, const scan_block *restrict k, const scan_job *job, int64_t t) {
+    load(x->u, job->u, k->b, t, k->first, k->count, LANES, job->bf16);
+    load(x->raw, job->dt, k->b, t, k->first, k->count, LANES, job->bf16);
+    load(x->B, job->B, k->b, t, 0, job->size, 0, job->bf16);
+    load(x->C, job->C, k->b, t, 0, job->size, 0, job->bf16);
+    for (int64_t i = 0; i < LANES; i++) {
+        x->raw[i] += k->dt_bias[0][i];
+        x->delta[i] = softplus(x->raw[i]);
+        x->inflow[i] = x->delta[i] * x->u[i];
     }
 }
 
-void conv_forward(const convolution *c) {
-#pragma omp parallel for num_threads(c->threads) schedule(static)
-    for (int64_t task = 0; task < c->batch * c->length; task++) {
-        if (c->half) convolve_row(c, task / c->length, task % c->length, 1);
-        else convolve_row(c, task / c->length, task % c->length, 0);
-    }
-}
-
-/* The gradient before the activation, and its part in weight and bias. */
-INLINE void slope_row(const convolution *c, int64_t thread, int64_t b, int64_t t, int half) {
-    float *grad_bias = c->grad_bias + thread * c->width;
-    for (int64_t at = 0; at < c->width; at += LANES) {
-        int count = lanes(c->width, at);
-        vf g = load(c->grad_y.data, b * c->grad_y.batch + t * c->grad_y.row + at, count, half);
-        if (c->silu) {
-            vf y = convolve(c, b, t, at, count, half), gate = sigmoid(y);
-            g *= gate * (1.0f + y * (1.0f - gate));
+static void scan_forward(const void *data, int64_t task) {
+    const scan_job *job = data;
+    const int64_t size = job->size, states = size * LANES;
+    const int64_t spans = (job->length + SPAN - 1) / SPAN;
+    scan_block k;
+    token x;
+    float A[MAX_STATES][LANES], h[MAX_STATES][LANES];
+    scan_open(&k, job, task);
+    int64_t channel = (k.b * job->width + k.first) * size;
+    gather(A, job->A + k.first * size, k.count, size, LOG2E);
+    gather(h, job->initial ? job->initial + channel : 0, k.count, size, 1.f);
+    for (int64_t t = 0; t < job->length; t++) {
+        if (job->saved && t % SPAN == 0)
+            memcpy(job->saved + (task * spans + t / SPAN) * states, h, (size_t)states * sizeof(float));
+        read_token(&x, &k, job, t);
+        float y[LANES];
+        for (int64_t i = 0; i < LANES; i++) y[i] = k.D[0][i] * x.u[i];
+        for (int64_t n = 0; n < size; n++)
+            for (int64_t i = 0; i < LANES; i++) {
+                h[n][i] = exp2_fast(x.delta[i] * A[n][i]) * h[n][i] + x.inflow[i] * x.B[n];
+                y[i] += h[n][i] * x.C[n];
+            }
+        if (job->z.data) {
+            float z[LANES];
+            load(z, job->z, k.b, t, k.first, k.count, LANES, job->bf16);
+            for (int64_t i = 0; i < LANES; i++) y[i] *= z[i] * sigmoid(z[i]);
         }
-        store(c->grad_pre, (b * c->length + t) * c->width + at, count, 0, g);
-        store(grad_bias, at, count, 0, load(grad_bias, at, count, 0) + g);
-        for (int64_t k = 0; k < c->kernel; k++) {
-            float *grad_weight = c->grad_weight + (thread * c->kernel + k) * c->width;
-            vf part = g * input(c, b, t - c->kernel + 1 + k, at, count, half);
-            store(grad_weight, at, count, 0, load(grad_weight, at, count, 0) + part);
+        store(job->y, y, k.b, t, k.first, k.count, job->bf16);
+    }
+    scatter(job->final + channel, h, k.count, size);
+}
+
+static void scan_backward(const void *data, int64_t task) {
+    const scan_job *job = data;
+    const int64_t size = job->size, spans = (job->length + SPAN - 1) / SPAN;
+    typedef float plane[LANES];
+    plane *scratch = (plane *)job->scratch + (int64_t)omp_get_thread_num() * (2 * SPAN + 4) * size;
+    plane *A = scratch, *grad_A = A + size, *grad_h = grad_A + size;
+    plane *decay = grad_h + size, *h = decay + SPAN * size;  // h[s] is the state before token s of the span
+    scan_block k;
+    token x[SPAN];
+    float grad_D[1][LANES] = {0}, grad_dt_bias[1][LANES] = {0};
+    scan_open(&k, job, task);
+    int64_t channel = k.b * job->width + k.first;
+    gather(A, job->A + k.first * size, k.count, size, LOG2E);
+    gather(grad_h, job->grad_final ? job->grad_final + channel * size : 0, k.count, size, 1.f);
+    memset(grad_A, 0, (size_t)size * sizeof *grad_A);
+    for (int64_t span = spans - 1; span >= 0; span--) {
+        int64_t start = span * SPAN, count = smaller(SPAN, job->length - start);
+        memcpy(h, (plane *)job->saved + (task * spans + span) * size, (size_t)size * sizeof *h);
+        for (int64_t s = 0; s < count; s++) {
+            read_token(&x[s], &k, job, start + s);
+            for (int64_t n = 0; n < size; n++) {
+                float *restrict a = decay[s * size + n], *restrict after = h[(s + 1) * size + n];
+                const float *restrict before = h[s * size + n];
+                for (int64_t i = 0; i < LANES; i++) {
+                    a[i] = exp2_fast(x[s].delta[i] * A[n][i]);
+                    after[i] = a[i] * before[i] + x[s].inflow[i] * x[s].B[n];
+                }
+            }
         }
+        for (int64_t s = count - 1; s >= 0; s--) {
+            const token *now = &x[s];
+            float g[LANES], grad_u[LANES], grad_delta[LANES] = {0}, inflow[LANES] = {0};
+            load(g, job->grad_y, k.b, start + s, k.first, k.count, LANES, job->bf16);
+            if (job->z.data) {
+                float z[LANES], y[LANES];
+                load(z, job->z, k.b, start + s, k.first, k.count, LANES, job->bf16);
+                for (int64_t i = 0; i < LANES; i++) y[i] = k.D[0][i] * now->u[i];
+                for (int64_t n = 0; n < size; n++)
+                    for (int64_t i = 0; i < LANES; i++) y[i] += h[(s + 1) * size + n][i] * now->C[n];
+                for (int64_t i = 0; i < LANES; i++) {
+                    float gate = sigmoid(z[i]), slope = gate * (1.f + z[i] * (1.f - gate));
+                    y[i] *= g[i] * slope;
+                    g[i] *= z[i] * gate;
+                }
+                store(job->grad_z, y, k.b, start + s, k.first, k.count, job->bf16);
+            }
+            float *grad_B = job->grad_B + (task * job->length + start + s) * size;
+            float *grad_C = job->grad_C + (task * job->length + start + s) * size;
+            for (int64_t n = 0; n < size; n++) {
+                const float *restrict a = decay[s * size + n], *restrict rate = A[n];
+                const float *restrict before = h[s * size + n], *restrict after = h[(s + 1) * size + n];
+                float *restrict carried = grad_h[n], *restrict to_A = grad_A[n];
+                float to_B = 0.f, to_C = 0.f;
+#pragma omp simd reduction(+ : to_B, to_C)
+                for (int64_t i = 0; i < LANES; i++) {
+                    float through = carried[i] + g[i] * now->C[n], back = through * a[i], exponent = back * before[i];
+                    to_C += g[i] * after[i];
+                    to_B += through * now->inflow[i];
+                    inflow[i] += through * now->B[n];
+                    grad_delta[i] += exponent * rate[i];
+                    to_A[i] += exponent * now->delta[i];
+                    carried[i] = back;
+                }
+                grad_B[n] = to_B;
+                grad_C[n] = to_C;
+            }
+            for (int64_t i = 0; i < LANES; i++) {
+                grad_u[i] = g[i] * k.D[0][i] + inflow[i] * now->delta[i];
+                grad_D[0][i] += g[i] * now->u[i];
+                grad_delta[i] = (grad_delta[i] * LN2 + inflow[i] * now->u[i]) * sigmoid(now->raw[i]);
+                grad_dt_bias[0][i] += grad_delta[i];
+            }
+            store(job->grad_u, grad_u, k.b, start + s, k.first, k.count, job->bf16);
+            store(job->grad_dt, grad_delta, k.b, start + s, k.first, k.count, job->bf16);
+        }
+    }
+    scatter(job->grad_A + channel * size, grad_A, k.count, size);
+    scatter(job->grad_initial + channel * size, grad_h, k.count, size);
+    scatter(job->grad_D + channel, grad_D, k.count, 1);
+    scatter(job->grad_dt_bias + channel, grad_dt_bias, k.count, 1);
+}
+
+void ssm_scan_forward(const scan_job *job) { run(scan_forward, job, job->batch * blocks(job->width), job->threads); }
+void ssm_scan_backward(const scan_job *job) { run(scan_backward, job, job->batch * blocks(job->width), job->threads); }
+
+// One token: states are read and written once where they lie, so here the inner loops run over the states.
+static void scan_step(const void *data, int64_t task) {
+    const scan_job *job = data;
+    scan_block k;
+    token x;
+    scan_open(&k, job, task);
+    read_token(&x, &k, job, 0);
+    float y[LANES];
+    for (int64_t i = 0; i < k.count; i++) {
+        const float *restrict A = job->A + (k.first + i) * job->size;
+        float *restrict h = job->final + (k.b * job->width + k.first + i) * job->size;
+        const float rate = x.delta[i] * LOG2E, inflow = x.inflow[i];
+        float sum = k.D[0][i] * x.u[i];
+#pragma omp simd reduction(+ : sum)
+        for (int64_t n = 0; n < job->size; n++) {
+            h[n] = exp2_fast(rate * A[n]) * h[n] + inflow * x.B[n];
+            sum += h[n] * x.C[n];
+        }
+        y[i] = sum;
+    }
+    if (job->z.data) {
+        float z[LANES];
+        load(z, job->z, k.b, 0, k.first, k.count, LANES, job->bf16);
+        for (int64_t i = 0; i < k.count; i++) y[i] *= z[i] * sigmoid(z[i]);
+    }
+    store(job->y, y, k.b, 0, k.first, k.count, job->bf16);
+}
+
+void ssm_scan_step(const scan_job *job) { run(scan_step, job, job->batch * blocks(job->width), job->threads); }
+
+// ---- Mamba-2 step ------------------------------------------------------------------------------------------------
+
+static void ssd_step(const void *data, int64_t task) {
+    const ssd_job *job = data;
+    const int64_t b = task / job->heads, head = task % job->heads, group = head / (job->heads / job->groups);
+    float B[MAX_STATES], C[MAX_STATES], dt;
+    load(B, job->B, b, group, 0, job->size, 0, job->bf16);
+    load(C, job->C, b, group, 0, job->size, 0, job->bf16);
+    load(&dt, job->dt, b, 0, head, 1, 0, job->bf16);
+    float delta = softplus(dt + (job->dt_bias ? job->dt_bias[head] : 0.f));
+    if (dt > PAD) delta = delta < job->low ? job->low : delta > job->high ? job->high : delta;
+    const float decay = exp2_fast(delta * job->A[head] * LOG2E), skip = job->D ? job->D[head] : 0.f;
+    for (int64_t first = 0; first < job->width; first += LANES) {
+        int64_t count = smaller(LANES, job->width - first);
+        float x[LANES], y[LANES];
+        load(x, job->x, b, head, first, count, 0, job->bf16);
+        for (int64_t i = 0; i < count; i++) {
+            float *restrict h = job->state + (task * job->width + first + i) * job->size;
+            float sum = skip * x[i], inflow = delta * x[i];
+#pragma omp simd reduction(+ : sum)
+            for (int64_t n = 0; n < job->size; n++) {
+                h[n] = decay * h[n] + inflow * B[n];
+                sum += h[n] * C[n];
+            }
+            y[i] = sum;
+        }
+        store(job->y, y, b, head, first, count, job->bf16);
     }
 }
 
-/* The gradient of the input of token t, or, before the first token, of what lay to the left. */
-INLINE void input_row(const convolution *c, int64_t b, int64_t t, int half) {
-    for (int64_t at = 0; at < c->width; at += LANES) {
-        int count = lanes(c->width, at);
-        vf g = splat(0);
-        for (int64_t k = 0; k < c->kernel; k++) {
-            int64_t out = t + c->kernel - 1 - k;
-            if (out < 0 || out >= c->length) continue;
-            g += load(c->weight, k * c->width + at, count, 0) *
-                 load(c->grad_pre, (b * c->length + out) * c->width + at, count, 0);
-        }
-        if (t >= 0) store(c->grad_x.data, b * c->grad_x.batch + t * c->grad_x.row + at, count, half, g);
-        else store(c->grad_left, (b * (c->kernel - 1) + c->kernel - 1 + t) * c->width + at, count, 0, g);
-    }
-}
-
-void conv_backward(const convolution *c) {
-    int64_t total = c->batch * c->length, reach = c->length + c->kernel - 1;
-#pragma omp parallel for num_threads(c->threads) schedule(static)
-    for (int64_t thread = 0; thread < c->threads; thread++)
-        for (int64_t task = total * thread / c->threads; task < total * (thread + 1) / c->threads; task++) {
-            if (c->half) slope_row(c, thread, task / c->length, task % c->length, 1);
-            else slope_row(c, thread, task / c->length, task % c->length, 0);
-        }
-#pragma omp parallel for num_threads(c->threads) schedule(static)
-    for (int64_t task = 0; task < c->batch * reach; task++) {
-        int64_t b = task / reach, t = task % reach - (c->kernel - 1);
-        if (c->half) input_row(c, b, t, 1);
-        else input_row(c, b, t, 0);
-    }
-}
+void ssm_ssd_step(const ssd_job *job) { run(ssd_step, job, job->batch * job->heads, job->threads); }
