@@ -1,0 +1,167 @@
+"""`README.md` of an output: a model card that says what was done, what it cost, and what it does not bring."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from ssmcompress.checkpoint.manifest import Manifest, TensorRecord
+from ssmcompress.checkpoint.source import Source
+from ssmcompress.events import number
+
+MASKS = (
+    "Zeros are stored like any other value: a mask alone changes neither the bytes this model takes in memory "
+    "nor its speed. They pay only with a format or a kernel that skips zeros."
+)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number before and after, with its 95 % interval after (or of the difference) as text where there is one."""
+
+    name: str
+    before: float
+    after: float
+    interval: str = ""
+
+
+def write(
+    folder: Path,
+    *,
+    title: str,
+    summary: str,
+    manifest: Manifest,
+    recipe: str = "",
+    measures: Sequence[Measure] = (),
+    measured_on: str = "",
+    license: str | None = None,
+) -> None:
+    """Writes the card; `summary` is a sentence or two of what was done, `recipe` the resolved recipe as YAML."""
+    loaders = _loaders(manifest)
+    parts = [
+        f"---\n{_front_matter(manifest, license, stock='transformers' in loaders)}\n---",
+        f"# {title}",
+        summary,
+        _measured(measures, measured_on),
+        _coverage(manifest),
+        f"## Loading\n\nLoads in {' and '.join(loaders)}, with the logits of the model that was written."
+        if loaders
+        else "",
+        _usage() if "transformers" in loaders else "",
+        f"## Recipe\n\n```yaml\n{recipe.strip()}\n```" if recipe else "",
+        _provenance(manifest),
+    ]
+    (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def license_of(source: Source) -> str | None:
+    """The licence that the source's own card names, if it has one."""
+    path = source.folder / "README.md"
+    if not path.exists():
+        return None
+    try:
+        metadata = metadata_load(path)
+    except (ValueError, yaml.YAMLError):  # a card that cannot be read names no licence
+        return None
+    found = (metadata or {}).get("license")
+    return found if isinstance(found, str) else None
+
+
+def coverage(tensors: Sequence[TensorRecord]) -> list[tuple[str, str, str, str]]:
+    """Rows (weight, layers, what happened, kept share), one a kind of tensor, in the order of the model."""
+    kinds: dict[tuple[str, str, str], list[TensorRecord]] = {}
+    for tensor in tensors:
+        kinds.setdefault((_kind(tensor.name), tensor.status, tensor.reason), []).append(tensor)
+    rows = []
+    for (kind, status, reason), members in kinds.items():
+        sizes = [_size(tensor) for tensor in members]
+        kept = sum(size * tensor.kept for size, tensor in zip(sizes, members, strict=True)) / max(1, sum(sizes))
+        rows.append((kind, str(len(members)), f"{status}: {reason}" if reason else status, f"{kept:.1%}"))
+    return rows
+
+
+def _front_matter(manifest: Manifest, license: str | None, *, stock: bool) -> str:
+    pruned = any(tensor.status == "pruned" for tensor in manifest.tensors)
+    tags = ["ssmcompress", "state-space-model", "mamba", *(["pruned"] if pruned else [])]
+    fields = ModelCardData(
+        base_model=manifest.source.name.partition("@")[0] if manifest.source.revision else None,
+        library_name="transformers" if stock else "ssmcompress",
+        license=license,
+        pipeline_tag="text-generation",
+        tags=tags,
+    )
+    return fields.to_yaml().strip()
+
+
+def _measured(measures: Sequence[Measure], measured_on: str) -> str:
+    if not measures:
+        return ""
+    rows = [
+        (measure.name, number(measure.before), number(measure.after), measure.interval or "–") for measure in measures
+    ]
+    caption = f"Measured on {measured_on}." if measured_on else ""
+    table = _table(("measure", "before", "after", "95 % interval"), rows)
+    return "\n\n".join(part for part in ("## Measured", caption, table) if part)
+
+
+def _coverage(manifest: Manifest) -> str:
+    if not manifest.tensors:
+        return ""
+    table = _table(("weight", "tensors", "what happened", "kept"), coverage(manifest.tensors))
+    share = f"Of the pruned tensors, {manifest.sparsity:.1%} of the entries are zero." if manifest.sparsity else ""
+    return "\n\n".join(part for part in ("## What was touched", table, share, MASKS if share else "") if part)
+
+
+def _usage() -> str:
+    return (
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        "```"
+    )
+
+
+def _provenance(manifest: Manifest) -> str:
+    source = manifest.source
+    lines = [f"- Source: `{source.name}`" + (f" at commit `{source.revision}`" if source.revision else "")]
+    lines += [f"- SHA-256 of its `{file}`: `{digest}`" for file, digest in source.sha256.items()]
+    if manifest.calibration is not None:
+        calibration = manifest.calibration
+        lines.append(
+            f"- Calibration: {calibration.windows} windows of {calibration.length} tokens of {calibration.source},"
+            f" SHA-256 `{calibration.sha256}`"
+        )
+    if manifest.seed is not None:
+        lines.append(f"- Seed: {manifest.seed}")
+    lines.append("- Versions: " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+    return "## Where it comes from\n\n" + "\n".join(lines)
+
+
+def _loaders(manifest: Manifest) -> list[str]:
+    verified = manifest.verification
+    names = ("transformers", "ssmcompress")
+    return [name for name in names if verified is not None and getattr(verified, name) is not None]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _kind(name: str) -> str:
+    return (
+        ".".join(part for part in name.split(".") if not part.isdigit())
+        .removeprefix("backbone.")
+        .removeprefix("layers.")
+    )
+
+
+def _size(tensor: TensorRecord) -> int:
+    size = 1
+    for width in tensor.shape:
+        size *= width
+    return size

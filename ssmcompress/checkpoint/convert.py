@@ -1,0 +1,54 @@
+"""A checkpoint from the mamba-ssm layout to the Hugging Face one, and back."""
+
+import json
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from ssmcompress.checkpoint import manifest
+from ssmcompress.checkpoint.layout import EMBEDDING, HEAD, original_config, original_name
+from ssmcompress.checkpoint.output import carry, output, write
+from ssmcompress.checkpoint.shards import BIN
+from ssmcompress.checkpoint.source import Checkpoint, load
+from ssmcompress.checkpoint.verify import verify
+from ssmcompress.errors import InputError
+from ssmcompress.events import Emit, Finished, Metric, ignore
+
+To = Literal["hf", "mamba-ssm"]
+
+
+def convert(model: str, *, to: To, out: str | Path, overwrite: bool = False, emit: Emit = ignore) -> Path:
+    """Writes a model in the other layout, every tensor bit for bit the same, and checks that it loads again.
+
+    Raises InputError for bad input or an output that exists, UnsupportedError for what the other layout cannot express.
+    """
+    if to not in get_args(To):
+        raise InputError(f"There is no layout {to!r}.", hint=f"Choose {' or '.join(get_args(To))}.")
+    checkpoint = load(model)
+    with output(out, overwrite=overwrite, source=checkpoint.source) as folder:
+        if to == "hf":
+            write(checkpoint, folder)
+        else:
+            write_original(checkpoint, folder)
+        verified = verify(folder, checkpoint.model, stock=to == "hf")
+        for loader in verified.loaders:
+            emit(Metric(f"logit difference, {loader}", getattr(verified, loader)))
+        manifest.write(folder, verb="convert", source=checkpoint.source, verification=verified)
+    emit(Finished(str(out)))
+    return Path(out)
+
+
+def write_original(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes config.json and pytorch_model.bin as `MambaLMHeadModel.from_pretrained` reads them.
+
+    It reads no safetensors and wants the tied head under both names, so `torch.save` it is; a second copy of the weights
+    in another format would only double the folder. UnsupportedError for what mamba-ssm cannot express.
+    """
+    config = original_config(checkpoint.model.config)
+    state = {original_name(name): checkpoint.stored[name] for name in checkpoint.stored}
+    if config["tie_embeddings"]:
+        state[HEAD] = state[EMBEDDING["mamba_ssm"]]
+    torch.save(state, folder / BIN)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    carry(checkpoint.source, folder)

@@ -1,0 +1,159 @@
+"""`ssmcompress.json`: what an output is, where it comes from, and how it can be checked.
+
+It holds no times and no paths, so that the same run writes the same bytes.
+"""
+
+import hashlib
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+import ssmcompress
+from ssmcompress.checkpoint.shards import Shards, read_json
+from ssmcompress.checkpoint.source import Source
+from ssmcompress.checkpoint.verify import Verification
+from ssmcompress.errors import InputError
+
+NAME = "ssmcompress.json"
+TIMED = ("events.jsonl", "measured.json")  # they hold times and speeds, so no hash of them is kept
+
+
+class Record(BaseModel):
+    """A part of the manifest: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceRecord(Record):
+    """The model that was read: its name, its commit where it came from the hub, the hashes of its weight files."""
+
+    name: str
+    revision: str | None
+    layout: Literal["hf", "mamba_ssm"]
+    sha256: dict[str, str]
+
+
+class CalibrationRecord(Record):
+    """The calibration tokens: where from, how many windows of what length, and the hash of the ids."""
+
+    source: str
+    sha256: str
+    windows: int
+    length: int
+
+
+class TensorRecord(Record):
+    """What happened to one tensor; `kept` is the fraction of entries that pruning left, `reason` why it is whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    status: Literal["pruned", "kept", "unsupported"]
+    kept: float = 1.0
+    reason: str = ""
+
+
+class VerificationRecord(Record):
+    """Largest relative difference of the float32 logits after loading from disk, by loader; None: not tried."""
+
+    tokens: int
+    tolerance: float
+    transformers: float | None
+    ssmcompress: float | None
+
+
+class Manifest(Record):
+    """Everything but the times; `files` holds the SHA-256 of every file beside it."""
+
+    schema_version: Literal[1] = 1
+    verb: str
+    versions: dict[str, str]
+    source: SourceRecord
+    seed: int | None = None
+    recipe_sha256: str | None = None
+    backend: dict[str, str] = {}
+    calibration: CalibrationRecord | None = None
+    tensors: tuple[TensorRecord, ...] = ()
+    verification: VerificationRecord | None = None
+    files: dict[str, str] = {}
+
+    @property
+    def sparsity(self) -> float:
+        """The zeroed fraction of all entries of the pruned tensors; 0 where there are none."""
+        sizes = {tensor.name: torch.Size(tensor.shape).numel() for tensor in self.tensors if tensor.status == "pruned"}
+        kept = sum(sizes[tensor.name] * tensor.kept for tensor in self.tensors if tensor.status == "pruned")
+        return 1 - kept / sum(sizes.values()) if sizes else 0.0
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what is computed."""
+    return {
+        "ssmcompress": ssmcompress.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def describe(source: Source) -> SourceRecord:
+    """The record of a source; reads its weight files once, for their hashes."""
+    hashes = {file: sha256(source.folder / file) for file in Shards(source.folder).weight_files}
+    return SourceRecord(name=source.label, revision=source.revision, layout=source.layout, sha256=hashes)
+
+
+def write(
+    folder: Path,
+    *,
+    verb: str,
+    source: Source | SourceRecord,
+    verification: Verification | None = None,
+    **fields: Any,
+) -> Manifest:
+    """Writes the manifest of a folder whose other files are all there; `fields` are those of :class:`Manifest`."""
+    manifest = Manifest(
+        verb=verb,
+        versions=versions(),
+        source=describe(source) if isinstance(source, Source) else source,
+        verification=VerificationRecord(**asdict(verification)) if verification else None,
+        files=hashes(folder),
+        **fields,
+    )
+    (folder / NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a folder; InputError where it is missing or not one of ours."""
+    content = read_json(folder / NAME)
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"{folder / NAME}: {where}: {first['msg']}.",
+            hint=f"This version reads schema_version 1; the file says {content.get('schema_version')!r}.",
+        ) from error
+
+
+def changed(folder: Path) -> list[str]:
+    """The files of an output that are not as they were written: changed, missing or added."""
+    recorded, found = read(folder).files, hashes(folder)
+    return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a folder by its relative name, but for the manifest itself and what holds times."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: sha256(path) for name, path in names.items() if name != NAME and name not in TIMED}
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

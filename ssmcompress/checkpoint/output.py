@@ -1,0 +1,193 @@
+"""The folder that is written: under another name until it is whole, then renamed; one writer at a time."""
+
+import contextlib
+import copy
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from ssmcompress.checkpoint import shards
+from ssmcompress.checkpoint.layout import EMBEDDING
+from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
+from ssmcompress.errors import InputError, ResourceError, SsmcompressError
+
+OURS = (
+    "ssmcompress.json",
+    "config.json",
+    "adapter_config.json",
+    "summary.json",
+)  # one of them marks a folder as an output
+MARKER = ".recipe"  # in an unfinished folder: the hash of the recipe that may go on with it
+CARRIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+    "LICENSE*",
+    "NOTICE*",
+)
+LACKING = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+    errno.EFBIG: "the file is too large for this disk",
+}
+
+
+@contextmanager
+def output(
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    recipe_hash: str = "",
+    resumable: bool = False,
+    source: Source | None = None,
+) -> Iterator[Path]:
+    """Yields the empty folder `DIR.partial` to write into; it becomes DIR when the block ends and vanishes when it fails.
+
+    Resumable, it stays after a failure, and a later call of the same recipe hash finds it as it was left. Raises
+    InputError where DIR exists and may not be replaced, ResourceError for a second writer, a full disk or no permission.
+    """
+    final = Path(folder).expanduser().resolve()
+    partial, aside = final.with_name(final.name + ".partial"), final.with_name(final.name + ".replaced")
+    with _lacking(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(final):
+            if aside.exists():  # a run was killed between its last two renames
+                shutil.rmtree(aside) if final.exists() else aside.rename(final)
+            _permit(final, overwrite, source)
+            _prepare(partial, recipe_hash if resumable else "")
+            try:
+                yield partial
+                (partial / MARKER).unlink(missing_ok=True)
+                _replace(final, partial, aside)
+            except BaseException:
+                if not (resumable and recipe_hash):
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+
+def write(
+    checkpoint: Checkpoint,
+    folder: Path,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    shard_size: int | str = shards.SHARD_SIZE,
+    value: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Writes what stock transformers loads: weights, config, and the source's tokenizer and generation files.
+
+    `state` defaults to the model's tensors in their dtypes; with `value` it may hold meta tensors (`shards.save`).
+    """
+    tensors = state_dict(checkpoint.model) if state is None else state
+    shards.save(tensors, folder, shard_size=shard_size, value=value)
+    config = copy.deepcopy(checkpoint.model.config)
+    config.architectures = [type(checkpoint.model).__name__]
+    config.dtype = tensors[EMBEDDING["hf"]].dtype
+    config.rescale_prenorm_residual = False
+    (folder / "config.json").write_text(config.to_json_string(use_diff=True), encoding="utf-8")
+    carry(checkpoint.source, folder)
+
+
+def carry(source: Source, folder: Path) -> None:
+    """Copies the tokenizer, generation config and licence of a source, byte for byte."""
+    for path in sorted({path for pattern in CARRIED for path in source.folder.glob(pattern)}):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+@contextmanager
+def _lock(final: Path) -> Iterator[None]:
+    path = final.with_name(f".{final.name}.lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ResourceError(
+            f"Another run is writing {final}.", hint="Wait for it to end, or choose another --out."
+        ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def _lacking(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except SsmcompressError:
+        raise
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+        raise ResourceError(
+            f"Cannot write {error.filename or final}: {LACKING[error.errno]}.",
+            hint="Make room, or choose another folder with --out.",
+        ) from error
+
+
+def _permit(final: Path, overwrite: bool, source: Source | None) -> None:
+    if source is not None and source.folder.resolve().is_relative_to(final):
+        raise InputError(f"{final} holds the model that is read.", hint="Choose another --out.")
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        return
+    if not overwrite:
+        raise InputError(f"{final} exists already.", hint="Choose another --out, or replace it with --overwrite.")
+    if not final.is_dir() or not any((final / name).exists() for name in OURS):
+        raise InputError(
+            f"{final} does not look like something ssmcompress wrote, and is not replaced.",
+            hint="Choose another --out, or remove it yourself.",
+        )
+
+
+def _prepare(partial: Path, resume: str) -> None:
+    marker = partial / MARKER
+    if resume and marker.exists() and marker.read_text() == resume:
+        return
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    if resume:
+        marker.write_text(resume)
+
+
+def _replace(final: Path, partial: Path, aside: Path) -> None:
+    for path in partial.rglob("*"):
+        _sync(path)
+    _sync(partial)
+    old = final.exists()
+    if old:
+        final.rename(aside)
+    try:
+        partial.rename(final)
+    except BaseException:
+        if old:
+            aside.rename(final)
+        raise
+    _sync(final.parent)
+    if old:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network disks cannot sync a folder
+            os.fsync(handle)
+    finally:
+        os.close(handle)

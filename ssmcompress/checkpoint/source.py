@@ -1,0 +1,253 @@
+"""A model by name, brought into memory: `ref:NAME`, a hub id with its revision, or a folder of either layout."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ssmcompress import kernels
+from ssmcompress.arch.base import Arch, use_backend
+from ssmcompress.arch.registry import arch_for, family
+from ssmcompress.checkpoint import hub, layout
+from ssmcompress.checkpoint.shards import Shards, read_json
+from ssmcompress.errors import InputError, UnsupportedError
+
+Layout = Literal["hf", "mamba_ssm"]
+LAYER = re.compile(r"backbone\.layers\.(\d+)\.")
+STATE_SPACE = ("A_log", "D", "dt_bias")  # small and stiff: a narrower compute dtype does not narrow them
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. `revision` is the commit hash of a hub id; `name` is what it was called."""
+
+    name: str
+    folder: Path
+    layout: Layout
+    revision: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The name for records: without the path of this machine."""
+        return self.name if self.name.startswith("ref:") or self.revision else self.folder.resolve().name
+
+    def config(self) -> PreTrainedConfig:
+        """The Hugging Face config; InputError or UnsupportedError where it is no use.
+
+        `rescale_prenorm_residual` is off: where it is true, stock `from_pretrained` divides every loaded out_proj by the
+        square root of the number of layers.
+        """
+        raw = read_json(self.folder / "config.json")
+        if self.layout == "mamba_ssm":
+            return layout.hf_config(raw)
+        if raw.get("quantization_config"):
+            raise UnsupportedError(f"{self.name} is quantised.", hint="Start from the original weights.")
+        try:
+            config = CONFIG_MAPPING[raw["model_type"]].from_pretrained(self.folder, local_files_only=True)
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            cause = str(error.__cause__ or error).splitlines()[-1].strip()
+            raise InputError(f"{self.folder / 'config.json'} is not a valid config: {cause}") from error
+        config.rescale_prenorm_residual = False
+        vars(config).pop("auto_map", None)  # code beside a checkpoint is never run, and never passed on
+        return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer in the folder, or None where there is none."""
+        if not any((self.folder / name).exists() for name in TOKENIZER_FILES):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
+            raise InputError(
+                f"The tokenizer of {self.name} cannot be loaded: {str(error).strip().splitlines()[0]}",
+                hint="Its files must be whole and need no code of their own.",
+            ) from error
+
+
+@dataclass
+class Checkpoint:
+    """A model in memory, in evaluation mode, with what belongs to it; `stored` reads its tensors as the files hold them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    arch: Arch
+    source: Source
+    stored: Shards
+
+
+def resolve(model: str) -> Source:
+    """Finds a model, fetching it where it lies on the hub: InputError, or ResourceError when it cannot be fetched."""
+    if model.startswith("ref:"):
+        from ssmcompress import reference
+
+        return _source(model, reference.folder(model.removeprefix("ref:")))
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _source(model, folder)
+    if folder.exists():
+        raise InputError(f"{model} is a file.", hint="Give the folder that holds config.json and the weights.")
+    if not hub.is_id(model):
+        raise InputError(
+            f"There is no folder {model}.",
+            hint="MODEL is a folder, a hub id such as state-spaces/mamba-130m-hf, or a shipped one such as ref:mamba.",
+        )
+    name, _, revision = model.partition("@")
+    folder = hub.fetch(name, revision or None)
+    return _source(name, folder, revision=folder.name)
+
+
+def load(
+    model: str | Source,
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+) -> Checkpoint:
+    """Loads a model without running any code of its folder; every tensor must be there, fit and be finite.
+
+    `auto` keeps each tensor's stored dtype; float32 converts all; a narrower dtype leaves A_log, D and dt_bias as stored.
+    Raises InputError for a checkpoint that is damaged or does not fit its config, UnsupportedError for a foreign family
+    or dtype.
+    """
+    source = resolve(model) if isinstance(model, str) else model
+    weights = Shards(source.folder)
+    config = source.config()
+    arch = arch_for(config)
+    tokenizer = source.tokenizer()
+    if source.layout == "mamba_ssm" and tokenizer is not None:
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    _check_layers(weights, config.num_hidden_layers)
+    loaded = arch.build("meta")
+    weights = _match(weights, loaded)
+    state = {name: _cast(name, _finite(weights, name), dtype).to(device) for name in weights}
+    config.dtype = state[layout.EMBEDDING["hf"]].dtype
+    loaded.load_state_dict(state, strict=False, assign=True)
+    loaded.tie_weights()
+    _fill_buffers(loaded, device)
+    if (source.folder / "generation_config.json").exists():
+        loaded.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    use_backend(loaded, kernels.choose(backend))
+    return Checkpoint(loaded.eval(), tokenizer, arch, source, weights)
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors as they are stored: a tied head once, under the name of the embedding."""
+    state = dict(model.state_dict())
+    if model.config.tie_word_embeddings:  # type: ignore[union-attr]
+        state.pop(layout.HEAD)
+    return state
+
+
+def _source(name: str, folder: Path, revision: str | None = None) -> Source:
+    if not (folder / "config.json").exists():
+        adapter = (folder / "adapter_config.json").exists()
+        raise InputError(
+            f"{folder} has no config.json.",
+            hint="It is an adapter: give the model it belongs to, and the adapter with --adapter."
+            if adapter
+            else "Give the folder of a checkpoint, with config.json beside its weights.",
+        )
+    config = read_json(folder / "config.json")
+    if layout.is_original(config):
+        return Source(name, folder, "mamba_ssm", revision)
+    if not isinstance(config.get("model_type"), str):
+        raise InputError(
+            f"{folder / 'config.json'} has no model_type, and no d_model and n_layer as mamba-ssm writes them.",
+            hint="Give a checkpoint in the Hugging Face or the mamba-ssm layout.",
+        )
+    family(config["model_type"])
+    return Source(name, folder, "hf", revision)
+
+
+def _match(weights: Shards, model: PreTrainedModel) -> Shards:
+    """The weights under the model's names; InputError where one is missing, too many or misshapen."""
+    found = {layout.hf_name(name): name for name in weights}
+    expected: Mapping[str, Any] = state_dict(model)
+    embedding = layout.EMBEDDING["hf"]
+    if model.config.tie_word_embeddings and layout.HEAD in found:
+        head = found.pop(layout.HEAD)
+        stored = found.setdefault(embedding, head)
+        if weights.shape(stored) != weights.shape(head) or not torch.equal(weights[stored], weights[head]):
+            raise InputError(
+                f"{head} in {weights.path(head)} differs from {stored}, though config.json ties them.",
+                hint="Set tie_word_embeddings to false in config.json if the head was trained by itself.",
+            )
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise InputError(
+            f"{weights.folder} lacks {missing[0]}{_others(missing)}; expected a shape of"
+            f" {list(expected[missing[0]].shape)}.",
+            hint="The weights do not belong to this config.json, or the download is incomplete.",
+        )
+    unexpected = [name for name in found if name not in expected]
+    if unexpected:
+        stored = found[unexpected[0]]
+        raise InputError(
+            f"{weights.path(stored)} holds {stored}{_others(unexpected)}, which a {model.config.model_type} model of"
+            " this config.json does not have.",
+            hint="The weights do not belong to this config.json.",
+        )
+    for name, tensor in expected.items():
+        if weights.shape(found[name]) != tensor.shape:
+            raise InputError(
+                f"{found[name]} in {weights.path(found[name])} has shape {list(weights.shape(found[name]))};"
+                f" config.json expects {list(tensor.shape)}.",
+                hint="The weights do not belong to this config.json.",
+            )
+        weights.dtype(found[name])
+    return weights.select({name: found[name] for name in expected})
+
+
+def _check_layers(weights: Shards, expected: int) -> None:
+    found = {int(match[1]) for match in map(LAYER.match, weights) if match}
+    if len(found) != expected:
+        raise InputError(
+            f"{weights.folder} holds the weights of {len(found)} layers; its config.json says {expected}.",
+            hint="The weights do not belong to this config.json, or the download is incomplete.",
+        )
+
+
+def _finite(weights: Shards, name: str) -> Tensor:
+    tensor = weights[name]
+    if not tensor.isfinite().all():
+        bad = int((~tensor.isfinite()).sum())
+        raise InputError(
+            f"{weights.stored_name(name)} in {weights.path(name)} holds {bad} values that are NaN or infinite,"
+            f" of {tensor.numel()}.",
+            hint="The checkpoint is damaged or its training diverged: use another.",
+        )
+    return tensor
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | Literal["auto"]) -> Tensor:
+    if dtype == "auto":
+        return tensor
+    narrower = torch.finfo(dtype).bits < torch.finfo(tensor.dtype).bits
+    return tensor if narrower and name.rsplit(".", 1)[-1] in STATE_SPACE else tensor.to(dtype)
+
+
+def _fill_buffers(model: nn.Module, device: str | torch.device) -> None:
+    """Gives buffers that no file holds their values: only Falcon Mamba has such, the ones of its weightless norms."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.ones_like(buffer, device=device))
+
+
+def _others(names: list[str]) -> str:
+    return f" and {len(names) - 1} other tensor{'s' * (len(names) > 2)}" if len(names) > 1 else ""

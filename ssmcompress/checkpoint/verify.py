@@ -1,0 +1,115 @@
+"""Whether what was written is what was meant: loaded again from disk, logits beside those of the model in memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from ssmcompress.checkpoint.source import load
+from ssmcompress.errors import InputError, SsmcompressError, UnsupportedError
+
+Loader = Literal["transformers", "ssmcompress"]
+TOLERANCE = 1e-4  # largest difference of a logit, relative to the largest logit
+ROWS, LENGTH = 2, 48
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Largest relative difference of the logits in float32, by loader; None where that loader was not asked."""
+
+    tokens: int
+    tolerance: float
+    transformers: float | None
+    ssmcompress: float | None
+
+    @property
+    def loaders(self) -> tuple[Loader, ...]:
+        """The loaders that give the same logits."""
+        names: tuple[Loader, ...] = ("transformers", "ssmcompress")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+
+def verify(folder: Path, model: PreTrainedModel, *, stock: bool = True) -> Verification:
+    """Loads the folder in float32 with `AutoModelForCausalLM` (where `stock`) and with `load`, and compares logits.
+
+    SsmcompressError where a loader fails, leaves a weight to chance, or differs by more than 1e-4 of the largest logit.
+    """
+    wanted = logits(model)
+    theirs = _difference("transformers", _stock(folder), wanted) if stock else None
+    try:
+        ours = load(str(folder), dtype=torch.float32, device=model.device).model
+    except (InputError, UnsupportedError) as error:
+        raise _failed("ssmcompress", error.message) from error
+    return Verification(wanted.shape[0] * wanted.shape[1], TOLERANCE, theirs, _difference("ssmcompress", ours, wanted))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    """The logits [2, 48, vocabulary] of a fixed token window, computed in float32 whatever the model's dtypes."""
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    with _float32(model):
+        return model(ids.to(model.device), use_cache=False).logits.float().cpu()
+
+
+@contextmanager
+def _float32(model: PreTrainedModel) -> Iterator[None]:
+    stored = [(parameter, parameter.data) for parameter in model.parameters()]
+    training = model.training
+    model.float().eval()
+    try:
+        yield
+    finally:
+        for parameter, data in stored:
+            parameter.data = data
+        model.train(training)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _stock(folder: Path) -> PreTrainedModel:
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # whatever stock transformers raises, the folder must not get its name
+        raise _failed("transformers", str(error).strip().splitlines()[-1]) from error
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise _failed("transformers", f"it reports {kind.replace('_', ' ')}: {min(map(str, info[kind]))}")
+    return model
+
+
+def _difference(loader: Loader, model: PreTrainedModel, wanted: Tensor) -> float:
+    difference = float((logits(model) - wanted).abs().max() / wanted.abs().max())
+    if not difference <= TOLERANCE:  # NaN is no agreement either
+        raise _failed(
+            loader, f"its logits differ by {difference:.2e} of the largest; at most {TOLERANCE:.0e} is allowed"
+        )
+    return difference
+
+
+def _failed(loader: Loader, reason: str) -> SsmcompressError:
+    return SsmcompressError(
+        f"What was written does not load again with {loader} as the model in memory: {reason}.",
+        hint="Nothing was written under the final name. Please report this.",
+    )
