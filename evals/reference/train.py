@@ -7,7 +7,6 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,20 +36,40 @@ CONFIGS = {
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A stretch of training: its share of exercises, their difficulty, and the shape of a batch."""
+
+    until: float  # minutes since the start
+    rows: int
+    length: int
+    exercises: float
+    words: int = 512
+    keys: int = 64
+    longest: int = 24
+
+
+@dataclass(frozen=True)
 class Settings:
     """How one checkpoint is trained; minutes count only time spent training, over all resumptions."""
 
     family: str
     minutes: float
-    memory_minutes: float = 8.0
-    memory_rate: float = 4e-3
+    memory_minutes: float = 14.0
+    memory_rate: float = 2e-3
     rate: float = 3e-3
     exercises: float = 0.12
-    rows: int = 4
-    length: int = 512
     warmup: int = 100
     weight_decay: float = 0.1
     seed: int = 0
+
+    def stage(self, minutes: float) -> Stage:
+        """Memory first, with few words and short lists, then with all; then text with a share of exercises."""
+        stages = (
+            Stage(0.6 * self.memory_minutes, 16, 64, 1.0, words=64, keys=16, longest=15),
+            Stage(self.memory_minutes, 8, 128, 1.0),
+            Stage(math.inf, 4, 512, self.exercises),
+        )
+        return next(stage for stage in stages if minutes < stage.until)
 
 
 class Batches:
@@ -61,15 +80,19 @@ class Batches:
         self.text = np.fromfile(corpus / "train.bin", dtype=np.uint16)
         self.vocabulary = Vocabulary.of(tokenizer)
 
-    def row(self, index: int, share: float) -> tuple[np.ndarray, np.ndarray]:
-        """Row number `index` of the run: it depends on the index and the seed alone, so that a resumed run sees the same."""
-        rng = np.random.Generator(np.random.PCG64([self.settings.seed, index]))
-        if rng.random() < share:
-            return self._exercises(int(rng.integers(2**31)))
-        return self._text(index)
+    def at(self, step: int, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Ids and targets [rows, length] of a step: they depend on step and seed alone, so that a resumed run sees the same."""
+        rows = [self._row(step * stage.rows + row, stage) for row in range(stage.rows)]
+        ids, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+        return ids, targets
 
-    def _text(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        length = self.settings.length
+    def _row(self, index: int, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.Generator(np.random.PCG64([self.settings.seed, index]))
+        if rng.random() < stage.exercises:
+            return self._exercises(int(rng.integers(2**31)), stage)
+        return self._text(index, stage.length)
+
+    def _text(self, index: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         windows = (len(self.text) - 1) // length
         lap, place = divmod(index, windows)
         order = np.random.Generator(np.random.PCG64([self.settings.seed, 7, lap])).permutation(windows)
@@ -77,26 +100,35 @@ class Batches:
         row = self.text[start : start + length + 1].astype(np.int64)
         return row[:-1], row[1:]
 
-    def _exercises(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        length, ids, answers = self.settings.length, [0], [False]
-        made = stream(self.vocabulary, seed)
-        while len(ids) <= length:
+    def _exercises(self, seed: int, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+        ids, answers = [0], [False]
+        made = stream(self.vocabulary.narrowed(stage.words, stage.keys), seed, stage.longest)
+        while len(ids) <= stage.length:
             exercise = next(made)
             ids += [*exercise.ids.tolist(), 0]
             answers += [*exercise.answers.tolist(), False]
-        target = np.where(answers, ids, -100)
-        return np.array(ids[:length]), target[1 : length + 1]
+        targets = np.where(answers, ids, -100)
+        return np.array(ids[: stage.length]), targets[1 : stage.length + 1]
 
 
 def initialise(model: PreTrainedModel) -> None:
-    """Residual projections scaled down by depth; Mamba-2 decays spread over 1 … 16 (Mamba-2, §9)."""
+    """Unit-variance projections, and steps and decays that make a state readable from the start.
+
+    The published initialisation writes to the state with steps of 0.001 to 0.1: its read-out then starts a hundredfold below
+    the skip path, and recall takes long to appear. Here steps are 0.05 to 0.5 and memories last 2 to 1,000 tokens.
+    """
     config = model.config
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("out_proj.weight"):
+            if name.endswith(("in_proj.weight", "x_proj.weight")):
+                weight.normal_(0, weight.shape[1] ** -0.5)
+            elif name.endswith("out_proj.weight"):
                 weight.div_(math.sqrt(config.num_hidden_layers))
-            if name.endswith("A_log") and config.model_type == "mamba2":
-                weight.copy_(torch.empty_like(weight).uniform_(1, 16).log())
+            elif name.endswith(("dt_bias", "dt_proj.bias")):
+                step = torch.empty_like(weight).uniform_(math.log(0.05), math.log(0.5)).exp()
+                weight.copy_(step + torch.log(-torch.expm1(-step)))
+            elif name.endswith("A_log"):
+                weight.copy_(torch.empty_like(weight).uniform_(math.log(0.02), 0))
 
 
 def optimiser(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
@@ -156,8 +188,8 @@ def train(settings: Settings, corpus: Path, work: Path) -> None:
     total, seen, saved = 0.0, 0, minutes
     while minutes < settings.minutes:
         started = time.perf_counter()
-        share = 1.0 if minutes < settings.memory_minutes else settings.exercises
-        total += update(model, adam, batches, step, share, rate(settings, step, minutes))
+        ids, targets = batches.at(step, settings.stage(minutes))
+        total += update(model, adam, ids, targets, rate(settings, step, minutes))
         seen, step = seen + 1, step + 1
         minutes += (time.perf_counter() - started) / 60
         if step % 250 == 0 or minutes >= settings.minutes:
@@ -172,12 +204,8 @@ def train(settings: Settings, corpus: Path, work: Path) -> None:
     (work / "settings.json").write_text(json.dumps(asdict(settings) | {"steps": step}, indent=2) + "\n")
 
 
-def update(
-    model: nn.Module, adam: torch.optim.Optimizer, batches: Batches, step: int, share: float, rate: float
-) -> float:
-    """One optimiser step in bfloat16 autocast with float32 weights."""
-    rows = batches.settings.rows
-    ids, targets = (torch.from_numpy(np.stack(part)) for part in zip(*_rows(batches, step, rows, share), strict=True))
+def update(model: nn.Module, adam: torch.optim.Optimizer, ids: Tensor, targets: Tensor, rate: float) -> float:
+    """One optimiser step in bfloat16 autocast with float32 weights; targets of -100 do not count."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.backbone(ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[targets != -100])
@@ -189,10 +217,6 @@ def update(
     adam.step()
     adam.zero_grad()
     return float(loss.detach())
-
-
-def _rows(batches: Batches, step: int, rows: int, share: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    return (batches.row(step * rows + row, share) for row in range(rows))
 
 
 def save(work: Path, model: nn.Module, adam: torch.optim.Optimizer, step: int, minutes: float) -> None:

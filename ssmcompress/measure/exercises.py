@@ -32,6 +32,10 @@ class Vocabulary:
         marks = [tokenizer.encode(mark, add_special_tokens=False) for mark in (" =", "\n")]
         return cls(words, words[:KEYS], words[KEYS : KEYS + VALUES], *(ids[-1] for ids in marks))
 
+    def narrowed(self, words: int, keys: int) -> "Vocabulary":
+        """The same with its first words, keys and values only."""
+        return Vocabulary(self.words[:words], self.keys[:keys], self.values[:keys], self.equals, self.newline)
+
 
 @dataclass(frozen=True)
 class Exercise:
@@ -68,14 +72,14 @@ def key_value(vocabulary: Vocabulary, pairs: int, queries: int, rng: np.random.G
     return Exercise(ids, (place >= 0) & (place % 3 == 1))
 
 
-def stream(vocabulary: Vocabulary, seed: int) -> Iterator[Exercise]:
-    """An endless mixture of exercises of all loads, for training and for calibration; never the seeds of the probes."""
+def stream(vocabulary: Vocabulary, seed: int, longest: int = 24) -> Iterator[Exercise]:
+    """An endless mixture: copies of 3 to `longest` words, lists of 2 to `longest` / 3 pairs; never the seeds of the probes."""
     rng = np.random.Generator(np.random.PCG64([seed, 0x7E57]))
     while True:
         if rng.random() < 0.5:
-            yield copying(vocabulary, int(rng.integers(4, 25)), rng)
+            yield copying(vocabulary, int(rng.integers(3, longest + 1)), rng)
         else:
-            pairs = int(rng.choice([2, 3, 4, 6, 8]))
+            pairs = int(rng.integers(2, longest // 3 + 1))
             yield key_value(vocabulary, pairs, 2 * pairs, rng)
 
 

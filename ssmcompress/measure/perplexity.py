@@ -1,0 +1,137 @@
+"""Likelihood of held-out text: bits per byte and token perplexity, with an interval over documents."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssmcompress.errors import InputError
+from ssmcompress.events import Advance, Emit, Phase, ignore
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class DocumentScore:
+    """Negative log-likelihood of one document in nats, and what it is spread over."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Bits per byte and token perplexity of a text; the intervals are 95 % bootstrap over documents."""
+
+    bits_per_byte: float
+    bits_per_byte_interval: tuple[float, float]
+    perplexity: float
+    perplexity_interval: tuple[float, float]
+    length: int
+    documents: tuple[DocumentScore, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, documents included, for paired tests later."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Sequence[str],
+    *,
+    length: int = 512,
+    batch: int = 16,
+    seed: int = 0,
+    emit: Emit = ignore,
+) -> Perplexity:
+    """Scores every byte of every document once, in fixed windows of `length` tokens.
+
+    Each window is read after one end-of-text token, so its first token counts too and windows do not depend on one another.
+    Raises InputError for text that holds no token.
+    """
+    start = tokenizer.eos_token_id
+    windows, owner = [], []
+    sizes = []
+    for text in documents:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids:
+            parts = [ids[i : i + length] for i in range(0, len(ids), length)]
+            windows += parts
+            owner += [len(sizes)] * len(parts)
+            sizes.append((len(ids), len(text.encode())))
+    if not windows:
+        raise InputError("The evaluation text holds no token.", hint="Give a text file with something in it.")
+    nats = np.zeros(len(sizes))
+    device = next(model.parameters()).device
+    # windows of one length share a batch, so that nothing is padded and no row depends on its batch
+    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i]), i))
+    emit(Phase("perplexity", len(windows)))
+    for group in _groups(order, windows, batch):
+        ids = torch.tensor([[start, *windows[i]] for i in group], device=device)
+        logits = model(ids[:, :-1], use_cache=False).logits.float()
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double().sum(1)
+        for i, loss in zip(group, losses.tolist(), strict=True):
+            nats[owner[i]] += loss
+        emit(Advance(len(group)))
+    scores = tuple(DocumentScore(float(n), *size) for n, size in zip(nats, sizes, strict=True))
+    return summarise(scores, length, seed)
+
+
+def summarise(documents: Sequence[DocumentScore], length: int, seed: int = 0) -> Perplexity:
+    """The figures of a text from its documents' scores."""
+    table = np.array([(d.nats, d.tokens, d.bytes) for d in documents])
+    draws = _resample(table, seed)
+
+    def bits(sums: np.ndarray) -> np.ndarray:
+        return sums[..., 0] / math.log(2) / sums[..., 2]
+
+    def token_perplexity(sums: np.ndarray) -> np.ndarray:
+        return np.exp(np.minimum(sums[..., 0] / sums[..., 1], 700))
+
+    total = table.sum(0)
+    return Perplexity(
+        float(bits(total)),
+        _interval(bits(draws)),
+        float(token_perplexity(total)),
+        _interval(token_perplexity(draws)),
+        length,
+        tuple(documents),
+    )
+
+
+def paired_difference(a: Sequence[DocumentScore], b: Sequence[DocumentScore], seed: int = 0) -> tuple[float, float, float]:
+    """Bits per byte of b minus a on the same documents, with its paired 95 % bootstrap interval."""
+    if [(d.tokens, d.bytes) for d in a] != [(d.tokens, d.bytes) for d in b]:
+        raise InputError("The two results were not measured on the same documents.")
+    table = np.array([(y.nats - x.nats, x.tokens, x.bytes) for x, y in zip(a, b, strict=True)])
+    total, draws = table.sum(0), _resample(table, seed)
+    low, high = _interval(draws[:, 0] / math.log(2) / draws[:, 2])
+    return float(total[0] / math.log(2) / total[2]), low, high
+
+
+def _groups(order: list[int], windows: list[list[int]], batch: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and len(groups[-1]) < batch and len(windows[groups[-1][0]]) == len(windows[i]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _resample(table: np.ndarray, seed: int) -> np.ndarray:
+    rng = np.random.Generator(np.random.PCG64(seed))
+    picks = rng.integers(len(table), size=(RESAMPLES, len(table)))
+    return table[picks].sum(1)
+
+
+def _interval(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,47 @@
+"""Which modules a pruning step touches, and how much of each it zeroes."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from ssmcompress.arch.base import Arch
+from ssmcompress.errors import InputError, UnsupportedError
+from ssmcompress.prune.masks import parse_pattern
+from ssmcompress.recipe import Prune
+
+
+@dataclass(frozen=True)
+class Target:
+    """How one kind of module is pruned: a share of each row or of the tensor, or all but n of every m inputs."""
+
+    sparsity: float
+    pattern: tuple[int, int] | None
+    scope: str
+
+
+def targets(arch: Arch, step: Prune) -> dict[str, Target]:
+    """The modules of every block that the step prunes, the projections unless it says otherwise.
+
+    Raises InputError for a module this family does not have, UnsupportedError for a method a module has no form of.
+    """
+    for name in (*step.include, *step.exclude, *step.modules):
+        if name not in arch.prunable:
+            near = get_close_matches(name, arch.prunable, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Choose from {', '.join(arch.prunable)}."
+            raise InputError(f"{arch.model_type} has no prunable module {name!r}.", hint=hint)
+    wanted = step.include or tuple(dict.fromkeys((*arch.projections, *step.modules)))
+    chosen = [name for name in arch.prunable if name in wanted and name not in step.exclude]
+    if not chosen:
+        raise InputError("Nothing is left to prune.", hint=f"Choose from {', '.join(arch.prunable)}.")
+    if step.method == "sparsegpt" and "conv1d" in chosen:
+        raise UnsupportedError(
+            "SparseGPT has no form for the short convolution: its inputs are not shared between rows.",
+            hint="Use --method wanda for conv1d, or --exclude conv1d.",
+        )
+    return {name: _target(step, name) for name in chosen}
+
+
+def _target(step: Prune, module: str) -> Target:
+    # a convolution row has K = 4 weights: a share of so few is coarse, so its whole tensor is compared
+    scope = "tensor" if module == "conv1d" else step.scope or ("tensor" if step.method == "magnitude" else "row")
+    pattern = parse_pattern(step.pattern) if step.pattern else None
+    return Target(step.modules.get(module, step.sparsity), pattern, scope)
