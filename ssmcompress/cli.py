@@ -1,5 +1,6 @@
 """The command line: each verb parses, calls the function of its name, and turns what went wrong into an exit code."""
 
+import difflib
 import errno
 import os
 import re
@@ -315,13 +316,29 @@ def models(json: Json = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and leaves with its exit code."""
-    app(_bare_perplexity(list(sys.argv[1:] if arguments is None else arguments)), prog_name="ssmcompress")
-    sys.exit(0)
+    given = _bare_perplexity(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        code = app(given, prog_name="ssmcompress", standalone_mode=False)
+    except typer.TyperException as error:
+        if error.format_message():  # else there were no arguments, and typer has shown the help
+            Terminal()(_usage(error))
+        code = error.exit_code
+    sys.exit(code)
+
+
+def _usage(error: typer.TyperException) -> Failed:
+    message = error.format_message().replace("Value error, ", "")  # pydantic's words, which typer passes on
+    context = getattr(error, "ctx", None)
+    hint = f"See `{context.command_path if context else 'ssmcompress'} --help`."
+    choice = re.search(r"'([^']*)' is not one of (.*)", message)
+    if choice and (close := difflib.get_close_matches(choice[1], re.findall(r"'([^']*)'", choice[2]), n=1)):
+        hint = f"Did you mean {close[0]!r}? {hint}"
+    return Failed(message, hint, error.exit_code)
 
 
 def _bare_perplexity(arguments: list[str]) -> list[str]:
     """Lets --perplexity stand without a value, which typer's options cannot."""
-    following = [*arguments[1:], "--"]
+    following = [*arguments, "--"][1:]
     return [
         f"--perplexity={SHIPPED}" if argument == "--perplexity" and after.startswith("-") else argument
         for argument, after in zip(arguments, following, strict=True)

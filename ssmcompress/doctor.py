@@ -117,7 +117,7 @@ def parity() -> list[Check]:
     ]
 
 
-def inputs(kernel: str) -> dict[str, Any]:
+def inputs(kernel: str) -> dict[str, Tensor]:
     """Small random float64 input of a kernel: odd sizes, a state to start from, padding at the end."""
     generator = torch.Generator().manual_seed(0)
 
@@ -126,27 +126,22 @@ def inputs(kernel: str) -> dict[str, Any]:
 
     batch, length, width, size, heads, groups = 2, 70, 24, 16, 4, 2
     if kernel == "conv":
-        return {"x": normal(batch, length, width), "weight": normal(width, 4), "bias": normal(width)} | {
-            "left": normal(batch, width, 3)
-        }
+        values = {"x": normal(batch, length, width), "weight": normal(width, 4), "bias": normal(width)}
+        return values | {"left": normal(batch, width, 3)}
     if kernel.startswith("selective"):
-        shape, state, read = (batch, length, width), normal(batch, width, size), (batch, length, size)
-        values = {"u": normal(*shape), "dt": normal(*shape) - 1, "A": -normal(width, size).exp()}
-        values |= {"B": normal(*read), "C": normal(*read), "D": normal(width), "z": normal(*shape)}
-        bias = {"dt_bias": normal(width) - 1}
+        wide, narrow = (batch, length, width), (batch, length, size)
+        values = {"u": normal(*wide), "dt": normal(*wide) - 1, "A": -normal(width, size).exp(), "z": normal(*wide)}
+        values |= {"B": normal(*narrow), "C": normal(*narrow), "D": normal(width), "dt_bias": normal(width) - 1}
+        values["state"] = normal(batch, width, size)
     else:
-        shape, state, read = (
-            (batch, length, heads, width),
-            normal(batch, heads, width, size),
-            (batch, length, groups, size),
-        )
-        values = {"x": normal(*shape), "dt": normal(batch, length, heads) - 1, "A": -normal(heads).exp()}
-        values |= {"B": normal(*read), "C": normal(*read), "D": normal(heads)}
-        bias = {"dt_bias": normal(heads) - 1}
+        values = {"x": normal(batch, length, heads, width), "dt": normal(batch, length, heads) - 1}
+        values |= {name: normal(batch, length, groups, size) for name in ("B", "C")}
+        values |= {"A": -normal(heads).exp(), "D": normal(heads), "dt_bias": normal(heads) - 1}
+        values["state"] = normal(batch, heads, width, size)
     values["dt"][:, -3:] = reference.PAD
     if kernel.endswith("step"):
-        values = {name: value[:, 0] if name in SEQUENCES else value for name, value in values.items()}
-    return values | bias | {"state": state}
+        return {name: value[:, 0] if name in SEQUENCES else value for name, value in values.items()}
+    return values
 
 
 def _check(module: ModuleType, kernel: str, device: str) -> Check:
@@ -165,7 +160,7 @@ def _check(module: ModuleType, kernel: str, device: str) -> Check:
     return Check(kernel, implementation, device, error, LIMITS[device], time.perf_counter() - started, reason)
 
 
-def _outputs(function: Callable[..., Any], given: dict[str, Any]) -> tuple[Tensor, ...]:
+def _outputs(function: Callable[..., Any], given: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """What a kernel returns, with the state that a step changed in place."""
     given = {name: value.clone() for name, value in given.items()}
     with torch.no_grad():

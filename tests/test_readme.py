@@ -1,0 +1,85 @@
+"""The README does what it says: its commands and its Python run, in order, offline, in one empty folder.
+
+A command that needs a network or a GPU ends with `# not run: reason`.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = ("bash", "console", "sh", "shell")
+
+
+@dataclass(frozen=True)
+class Step:
+    language: str
+    text: str
+
+
+def steps(markdown: str) -> list[Step]:
+    """The commands (one each, prompts and outputs taken away) and Python blocks of a page, in order."""
+    found = []
+    for language, block in FENCE.findall(markdown):
+        if language == "python":
+            found.append(Step("python", block))
+        elif language in SHELL:
+            lines = block.replace("\\\n", " ").splitlines()
+            if language == "console":
+                lines = [line[2:] for line in lines if line.startswith("$ ")]
+            found += [Step("shell", line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+    return found
+
+
+def runnable(step: Step) -> bool:
+    return step.language == "python" or (step.text.startswith("ssmcompress ") and "# not run: " not in step.text)
+
+
+def command(step: Step) -> list[str]:
+    if step.language == "python":
+        return [sys.executable, "-c", step.text]
+    return [sys.executable, "-m", "ssmcompress", *shlex.split(step.text, comments=True)[1:]]
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_steps_are_read_from_a_page():
+    page = "text\n```bash\n# why\nssmcompress prune M \\\n  --out o  # twice\nmake test\n```\n"
+    page += "```console\n$ ssmcompress models\nmamba\n```\n```python\nimport ssmcompress\n```\n"
+    page += "```bash\nssmcompress eval hub/id  # not run: needs the hub\n```\n```json\n{}\n```\n"
+    found = steps(page)
+    assert [step.text.split()[0] for step in found] == ["ssmcompress", "make", "ssmcompress", "import", "ssmcompress"]
+    assert [runnable(step) for step in found] == [True, False, True, True, False]
+    assert command(found[0])[2:] == ["ssmcompress", "prune", "M", "--out", "o"]
+
+
+def test_the_readme_runs(readme, tmp_path):
+    todo = [step for step in steps(readme) if runnable(step)]
+    assert {step.language for step in todo} == {"shell", "python"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    for step in todo:
+        ran = subprocess.run(command(step), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, f"{step.text}\n{ran.stdout}\n{ran.stderr}"
+
+
+def test_make_targets_of_the_readme_exist(readme):
+    named = {
+        word for step in steps(readme) if step.text.startswith("make ") for word in step.text.split("#")[0].split()[1:]
+    }
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_the_files_it_links_to_exist(readme):
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", readme) if "://" not in link]
+    assert [link for link in links if link and not (ROOT / link).exists()] == []
