@@ -1,0 +1,1 @@
+"""Calibration: text becomes token windows, windows become statistics of what every weight sees."""

@@ -1,0 +1,79 @@
+"""What calibration remembers of a module's inputs: sums that stream over chunks and merge across parts."""
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ssmcompress.errors import InputError, UnsupportedError
+
+ROWS = 1024  # tokens widened to float64 at a time
+
+
+class Moment(ABC):
+    """A sum over tokens of something of their inputs, and how many tokens there were."""
+
+    def __init__(self, width: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.width = width
+        self.count = 0
+        self.total = torch.zeros(shape, dtype=dtype)
+
+    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Takes in inputs [..., width], of which mask [...] (bool) selects those that count."""
+        if x.shape[-1] != self.width:
+            raise ValueError(f"inputs of width {x.shape[-1]} where {self.width} is expected")
+        rows = x.detach().reshape(-1, self.width) if mask is None else x.detach()[mask]
+        self.total = self.total.to(rows.device)
+        self._accumulate(rows)
+        self.count += len(rows)
+
+    def merge(self, other: Self) -> None:
+        """Takes in what another one of the same width has seen."""
+        if other.width != self.width:
+            raise ValueError(f"a statistic of width {other.width} where {self.width} is expected")
+        self.total = self.total + other.total.to(self.total.device)
+        self.count += other.count
+
+    def require_fired(self, name: str) -> None:
+        """Raises UnsupportedError if no token was seen, InputError if one was not finite."""
+        if not self.count:
+            raise UnsupportedError(f"No calibration input reached {name}.", hint="Leave it out with --exclude.")
+        if not bool(self.total.isfinite().all()):
+            raise InputError(f"The calibration inputs of {name} are not finite.", hint="Are the model's weights sound?")
+
+    @abstractmethod
+    def _accumulate(self, rows: Tensor) -> None:
+        """Adds inputs [tokens, width] to the total."""
+
+
+class SquaredSum(Moment):
+    """Σ x_j² over tokens in float64, so that neither chunks nor their order change a float32 score (WANDA)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, (width,), torch.float64)
+
+    @property
+    def norm(self) -> Tensor:
+        """‖X_j‖₂ over all tokens [width], float32: the root of the sum, comparable between inputs of one pass."""
+        return self.total.sqrt().float()
+
+    def _accumulate(self, rows: Tensor) -> None:
+        for part in rows.split(ROWS):
+            self.total += part.double().square().sum(0)
+
+
+class Hessian(Moment):
+    """Σ x xᵀ over tokens in float32 (SparseGPT)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, (width, width), torch.float32)
+
+    @property
+    def value(self) -> Tensor:
+        """(2 / tokens) Σ x xᵀ [width, width]: the Hessian of the squared error of a linear layer's output."""
+        return self.total * (2 / self.count)
+
+    def _accumulate(self, rows: Tensor) -> None:
+        rows = rows.float()
+        self.total.addmm_(rows.T, rows)

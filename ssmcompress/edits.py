@@ -1,0 +1,250 @@
+"""What a compression does to a checkpoint, as data: masks and new values, packed into one safetensors file."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssmcompress.errors import InputError, ResourceError
+
+HEADER = "ssmcompress.edits"  # the file's only metadata key: safetensors writes several in random order
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """New values for a whole tensor, of its shape."""
+
+    kind: ClassVar[str] = "replace"
+    tensor: str
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the tensor it is for."""
+        return self.values.shape
+
+    def pack(self) -> Tensor:
+        """What is stored."""
+        return self.values.detach().cpu().contiguous()
+
+    @classmethod
+    def unpack(cls, tensor: str, shape: tuple[int, ...], stored: Tensor) -> "Replace":
+        """The edit from what is stored; ValueError says what is wrong with it."""
+        if stored.dtype not in FLOATS:
+            raise ValueError(f"its values are {stored.dtype}, not floating point")
+        if tuple(stored.shape) != shape:
+            raise ValueError(f"its values have the shape {list(stored.shape)}, its header says {list(shape)}")
+        if not bool(stored.isfinite().all()):
+            raise ValueError("its values are not all finite")
+        return cls(tensor, stored)
+
+    def change(self, tensor: Tensor) -> None:
+        """Changes a tensor of the right shape in place; its dtype stays."""
+        tensor.copy_(self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which entries of a tensor stay, keep [*shape] bool; the others become +0.0. Stored as bits."""
+
+    kind: ClassVar[str] = "mask"
+    tensor: str
+    keep: Tensor
+
+    def __post_init__(self) -> None:
+        if self.keep.dtype != torch.bool:
+            raise TypeError(f"a mask is boolean, not {self.keep.dtype}")
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the tensor it is for."""
+        return self.keep.shape
+
+    def pack(self) -> Tensor:
+        """What is stored: eight entries a byte, the first in the highest bit."""
+        return torch.from_numpy(np.packbits(self.keep.detach().cpu().flatten().numpy()))
+
+    @classmethod
+    def unpack(cls, tensor: str, shape: tuple[int, ...], stored: Tensor) -> "Mask":
+        """The edit from what is stored; ValueError says what is wrong with it."""
+        entries = 1
+        for size in shape:
+            entries *= size
+        wanted = -(-entries // 8)
+        if stored.dtype != torch.uint8 or tuple(stored.shape) != (wanted,):
+            found = f"{list(stored.shape)} of {stored.dtype}"
+            raise ValueError(f"the shape {list(shape)} takes [{wanted}] of torch.uint8 in bits, found {found}")
+        bits = np.unpackbits(stored.numpy())
+        if bits[entries:].any():
+            raise ValueError("bits are set behind its last entry")
+        return cls(tensor, torch.from_numpy(bits[:entries].view(bool)).view(shape))
+
+    def change(self, tensor: Tensor) -> None:
+        """Changes a tensor of the right shape in place: what is kept keeps its bits."""
+        tensor.masked_fill_(~self.keep.to(tensor.device), 0.0)
+
+
+Edit = Replace | Mask
+KINDS: dict[str, type[Replace] | type[Mask]] = {kind.kind: kind for kind in (Replace, Mask)}  # in the order they apply
+
+
+class Edits(NamedTuple):
+    """What a file holds: the edits in their order, and what was said about them."""
+
+    items: tuple[Edit, ...]
+    metadata: dict[str, str]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    kind: str
+    tensor: Annotated[str, Field(min_length=1)]
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    version: Literal[1] = 1
+    edits: tuple[_Entry, ...]
+    metadata: dict[str, str]
+
+
+def save(edits: Sequence[Edit], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes edits, at most one of a kind per tensor (see compose), and a few words about them: same edits, same bytes.
+
+    Raises ResourceError where the file cannot be written.
+    """
+    arrays = {_key(edit.kind, edit.tensor): edit.pack() for edit in edits}
+    if len(arrays) < len(edits):
+        raise ValueError("two edits of one kind for one tensor: compose them first")
+    entries = tuple(_Entry(kind=edit.kind, tensor=edit.tensor, shape=tuple(edit.shape)) for edit in edits)
+    header = _Header(edits=entries, metadata=dict(metadata or {})).model_dump()
+    try:
+        save_file(arrays, path, {HEADER: json.dumps(header, sort_keys=True)})
+    except (SafetensorError, OSError) as error:
+        raise ResourceError(f"{path} cannot be written: {error}.", hint="Is there room and permission?") from error
+
+
+def load(path: str | os.PathLike[str]) -> Edits:
+    """Reads what `save` wrote. Raises InputError for a file that is not sound, ResourceError for one out of reach."""
+    if not Path(path).is_file():
+        raise InputError(f"There is no edits file {path}.", hint="Every output folder holds one: edits.safetensors.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = _header(path, file.metadata() or {})
+            names = [_key(entry.kind, entry.tensor) for entry in header.edits]
+            if sorted(names) != sorted(file.keys()):
+                odd = ", ".join(sorted(set(names) ^ set(file.keys()))) or "one listed twice"
+                raise _unsound(path, f"its header and its arrays differ ({odd})")
+            items = [
+                _unpack(path, entry, file.get_tensor(name)) for entry, name in zip(header.edits, names, strict=True)
+            ]
+    except (SafetensorError, TypeError, RuntimeError) as error:  # the last two: dtypes that this torch does not have
+        raise _unsound(path, str(error)) from error
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be read: {error}.") from error
+    return Edits(tuple(items), header.metadata)
+
+
+@torch.no_grad()
+def apply(edits: Iterable[Edit], state: Mapping[str, Tensor]) -> None:
+    """Changes the tensors of a state dict in place, Replace before Mask, and nothing at all if one edit does not fit.
+
+    Raises InputError for an edit of a tensor that is not there or has another shape.
+    """
+    groups = by_tensor(edits)
+    for name, group in groups.items():
+        if name not in state:
+            near = get_close_matches(name, state, n=1)
+            hint = f"The closest is {near[0]}." if near else "Are these the edits of another model?"
+            raise InputError(f"The edits change {name}, which the model does not have.", hint=hint)
+        for edit in group:
+            _check(edit, state[name])
+    for name, group in groups.items():
+        for edit in group:
+            edit.change(state[name])
+
+
+@torch.no_grad()
+def apply_edit(edit: Edit, tensor: Tensor) -> None:
+    """Changes one tensor in place; InputError if its shape is not the edit's."""
+    _check(edit, tensor)
+    edit.change(tensor)
+
+
+def by_tensor(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
+    """The edits of each tensor in the order they apply, for writing shard by shard."""
+    ranks = list(KINDS)
+    groups: dict[str, list[Edit]] = {}
+    for edit in sorted(edits, key=lambda edit: ranks.index(edit.kind)):
+        groups.setdefault(edit.tensor, []).append(edit)
+    return groups
+
+
+def compose(*steps: Iterable[Edit]) -> list[Edit]:
+    """One list that does what the steps do one after the other, with at most a Replace and a Mask per tensor."""
+    found: dict[str, dict[str, Edit]] = {}
+    for step in steps:
+        for name, group in by_tensor(step).items():
+            for edit in group:
+                earlier = found.setdefault(name, {})
+                mask = earlier.get(Mask.kind)
+                if isinstance(edit, Replace):
+                    found[name] = {edit.kind: edit}  # whatever came before is overwritten
+                elif isinstance(mask, Mask):
+                    earlier[edit.kind] = Mask(name, mask.keep & edit.keep)
+                else:
+                    earlier[edit.kind] = edit
+    return [edit for group in found.values() for edit in group.values()]
+
+
+def _key(kind: str, tensor: str) -> str:
+    return f"{kind}:{tensor}"
+
+
+def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> _Header:
+    if HEADER not in metadata:
+        raise InputError(
+            f"{path} holds no edits.", hint="Give the edits.safetensors of an output, not a model's shard."
+        )
+    try:
+        header = _Header.model_validate_json(metadata[HEADER])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "header"
+        raise _unsound(path, f"{where}: {first['msg']}") from error
+    for entry in header.edits:
+        if entry.kind not in KINDS:
+            raise _unsound(path, f"the edit of {entry.tensor} is a {entry.kind!r}, known are {', '.join(KINDS)}")
+    return header
+
+
+def _unpack(path: str | os.PathLike[str], entry: _Entry, stored: Tensor) -> Edit:
+    try:
+        return KINDS[entry.kind].unpack(entry.tensor, entry.shape, stored)
+    except ValueError as error:
+        raise _unsound(path, f"the {entry.kind} of {entry.tensor}: {error}") from error
+
+
+def _unsound(path: str | os.PathLike[str], why: str) -> InputError:
+    hint = "It is damaged, or a newer version wrote it: make it again."
+    return InputError(f"{path} is not a sound edits file: {why}.", hint=hint)
+
+
+def _check(edit: Edit, tensor: Tensor) -> None:
+    if edit.shape != tensor.shape:
+        raise InputError(
+            f"The {edit.kind} of {edit.tensor} has the shape {list(edit.shape)}, the tensor {list(tensor.shape)}.",
+            hint="Are these the edits of another model?",
+        )
