@@ -64,6 +64,7 @@ class Recipe(_Strict):
     seed: int = 0
     backend: Literal["auto", "native", "torch", "cuda", "reference"] = "auto"
     device: str = "cpu"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     calibrate: Calibration = Calibration()
     steps: tuple[Prune, ...]
 
@@ -74,6 +75,20 @@ class Recipe(_Strict):
     def sha256(self) -> str:
         """A hash of what the recipe says, whatever its spelling."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def prune_step(
+    method: str,
+    sparsity: float,
+    pattern: str | None,
+    scope: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    modules: dict[str, float] | None,
+) -> dict[str, Any]:
+    """A pruning step as plain values."""
+    chosen = {"include": tuple(include), "exclude": tuple(exclude), "modules": modules or {}}
+    return {"step": "prune", "method": method, "sparsity": sparsity, "pattern": pattern, "scope": scope} | chosen
 
 
 def recipe(**fields: Any) -> Recipe:

@@ -6,26 +6,18 @@ The residual stream is kept explicitly and in float32, so that every block sees 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ssmcompress.arch.base import Arch
+from ssmcompress.calib.stats import Moment
 from ssmcompress.calib.taps import observe
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.events import Emit, LayerDone, ignore
 
 
-class Statistic(Protocol):
-    """What is accumulated from the inputs of one module."""
-
-    def add(self, x: Tensor) -> None:
-        """Takes in more inputs [..., width]."""
-
-
-Collect = Callable[[str, int], Statistic]
-EditBlock = Callable[[int, nn.Module, Mapping[str, Statistic]], float]
+EditBlock = Callable[[int, nn.Module, Mapping[str, Moment]], float]
 
 
 @dataclass(frozen=True)
@@ -33,7 +25,7 @@ class Walk:
     """One pass over the blocks: which modules to observe and with what."""
 
     modules: tuple[str, ...]
-    collect: Collect
+    collect: Callable[[int], Moment]
     edit: EditBlock
     batch: int = 8
 
@@ -54,13 +46,13 @@ class Walk:
             error = float((hidden[0] - dense).norm() / dense.norm())
             emit(LayerDone(layer, arch.layers, time.perf_counter() - started, error, kept))
 
-    def _observe(self, layer: int, block: nn.Module, hidden: list[Tensor]) -> dict[str, Statistic]:
-        statistics: dict[str, Statistic] = {}
+    def _observe(self, layer: int, block: nn.Module, hidden: list[Tensor]) -> dict[str, Moment]:
+        statistics: dict[str, Moment] = {}
 
         def watch(module: str, x: Tensor) -> None:
             if module in self.modules:
                 if module not in statistics:
-                    statistics[module] = self.collect(module, x.shape[-1])
+                    statistics[module] = self.collect(x.shape[-1])
                 statistics[module].add(x)
 
         if self.modules:
@@ -73,4 +65,6 @@ class Walk:
                 f"No calibration input reached {', '.join(silent)} of layer {layer}.",
                 hint="Pruning it would be blind; leave it out with --exclude.",
             )
+        for module, statistic in statistics.items():
+            statistic.require_fired(f"{module} of layer {layer}")
         return statistics

@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from ssmcompress.errors import UnsupportedError
+
 WORDS = 512
 KEYS = 64
 VALUES = 64
+MOST_PAIRS = 10
+MOST_COPIED = 24
 
 
 @dataclass(frozen=True)
@@ -24,17 +28,19 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Vocabulary":
-        """The vocabulary of a byte-level BPE tokenizer: the first words it learned, most frequent first."""
+        """The vocabulary of a byte-level BPE tokenizer: the first words it learned, most frequent first.
+
+        Raises UnsupportedError where the tokenizer knows too few whole words.
+        """
         ranked = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         words = np.array([index for token, index in ranked if re.fullmatch("Ġ[a-z]{3,}", token)][:WORDS])
         if len(words) < KEYS + VALUES:
-            raise ValueError(f"the tokenizer has {len(words)} whole words, {KEYS + VALUES} are needed")
-        marks = [tokenizer.encode(mark, add_special_tokens=False) for mark in (" =", "\n")]
-        return cls(words, words[:KEYS], words[KEYS : KEYS + VALUES], *(ids[-1] for ids in marks))
-
-    def narrowed(self, words: int, keys: int) -> "Vocabulary":
-        """The same with its first words, keys and values only."""
-        return Vocabulary(self.words[:words], self.keys[:keys], self.values[:keys], self.equals, self.newline)
+            raise UnsupportedError(
+                f"The tokenizer has {len(words)} whole words; the memory exercises need {KEYS + VALUES}.",
+                hint="Memory can be measured with byte-level BPE tokenizers of a few thousand entries or more.",
+            )
+        marks = [tokenizer.encode(mark, add_special_tokens=False)[-1] for mark in (" =", "\n")]
+        return cls(words, words[:KEYS], words[KEYS : KEYS + VALUES], *marks)
 
 
 @dataclass(frozen=True)
@@ -45,45 +51,45 @@ class Exercise:
     answers: np.ndarray
 
 
-def copying(vocabulary: Vocabulary, length: int, rng: np.random.Generator) -> Exercise:
-    """`w₁ … wₙ = w₁ … wₙ ⏎`: 2·length + 2 tokens."""
-    words = rng.choice(vocabulary.words, length)
-    ids = np.concatenate([words, [vocabulary.equals], words, [vocabulary.newline]])
+def copying(vocabulary: Vocabulary, length: int, rng: np.random.Generator, words: int = WORDS) -> Exercise:
+    """`w₁ … wₙ = w₁ … wₙ ⏎` over the first `words` words: 2·length + 2 tokens."""
+    drawn = rng.choice(vocabulary.words[:words], length)
+    ids = np.concatenate([drawn, [vocabulary.equals], drawn, [vocabulary.newline]])
     return Exercise(ids, np.arange(len(ids)) > length)
 
 
-def key_value(vocabulary: Vocabulary, pairs: int, queries: int, rng: np.random.Generator) -> Exercise:
+def key_value(
+    vocabulary: Vocabulary, pairs: int, queries: int, rng: np.random.Generator, keys: int = KEYS
+) -> Exercise:
     """`k₁ v₁ ⏎ … kₙ vₙ ⏎ = ⏎`, then `k v ⏎` for each query: 3·(pairs + queries) + 2 tokens.
 
-    Every key is asked for before one is asked again, and the first query is never the last pair.
+    Keys and values are drawn without replacement from the first `keys` of each; the first query is never the last pair.
     """
-    keys = rng.choice(vocabulary.keys, pairs, replace=False)
-    values = rng.choice(vocabulary.values, pairs, replace=False)
-    rounds = [rng.permutation(pairs) for _ in range(-(-queries // pairs))]
-    if pairs > 1 and rounds[0][0] == pairs - 1:
-        rounds[0] = np.roll(rounds[0], -1)
-    asked = np.concatenate(rounds)[:queries]
+    key = rng.choice(vocabulary.keys[:keys], pairs, replace=False)
+    value = rng.choice(vocabulary.values[:keys], pairs, replace=False)
+    asked = rng.integers(0, pairs, queries)
+    asked[:1] = rng.integers(0, max(pairs - 1, 1))
 
     def lines(order: np.ndarray) -> np.ndarray:
-        return np.stack([keys[order], values[order], np.full(len(order), vocabulary.newline)], axis=1).ravel()
+        return np.stack([key[order], value[order], np.full(len(order), vocabulary.newline)], axis=1).ravel()
 
     ids = np.concatenate([lines(np.arange(pairs)), [vocabulary.equals, vocabulary.newline], lines(asked)])
     place = np.arange(len(ids)) - (3 * pairs + 2)
     return Exercise(ids, (place >= 0) & (place % 3 == 1))
 
 
-def stream(vocabulary: Vocabulary, seed: int, longest: int = 24) -> Iterator[Exercise]:
-    """An endless mixture: copies of 3 to `longest` words, lists of 2 to `longest` / 3 pairs; never the seeds of the probes."""
+def stream(vocabulary: Vocabulary, seed: int) -> Iterator[Exercise]:
+    """An endless mixture of exercises of all loads, for calibration; never the seeds of the probes."""
     rng = np.random.Generator(np.random.PCG64([seed, 0x7E57]))
     while True:
         if rng.random() < 0.5:
-            yield copying(vocabulary, int(rng.integers(3, longest + 1)), rng)
+            yield copying(vocabulary, int(rng.integers(4, MOST_COPIED + 1)), rng)
         else:
-            pairs = int(rng.integers(2, longest // 3 + 1))
+            pairs = int(rng.integers(2, MOST_PAIRS + 1))
             yield key_value(vocabulary, pairs, 2 * pairs, rng)
 
 
-def documents(tokenizer: Any, count: int, seed: int) -> list[str]:
-    """Exercises as text, to be mixed into calibration."""
+def exercise_documents(tokenizer: Any, count: int, seed: int) -> list[str]:
+    """Exercises as text, to be mixed into calibration: one a document."""
     made = stream(Vocabulary.of(tokenizer), seed)
     return [tokenizer.decode(next(made).ids) for _ in range(count)]

@@ -1,5 +1,6 @@
 """Likelihood of held-out text: bits per byte and token perplexity, with an interval over documents."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +18,12 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class DocumentScore:
-    """Negative log-likelihood of one document in nats, and what it is spread over."""
+    """Negative log-likelihood of one document in nats, what it is spread over, and which text it was."""
 
     nats: float
     tokens: int
     bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -47,37 +49,40 @@ def perplexity(
     documents: Sequence[str],
     *,
     length: int = 512,
-    batch: int = 16,
+    windows: int | None = None,
+    batch: int = 8,
     seed: int = 0,
     emit: Emit = ignore,
 ) -> Perplexity:
-    """Scores every byte of every document once, in fixed windows of `length` tokens.
+    """Scores every byte of every document once, in fixed windows of `length` tokens; at most `windows` of a document.
 
     Each window is read after one end-of-text token, so its first token counts too and windows do not depend on one another.
     Raises InputError for text that holds no token.
     """
     start = tokenizer.eos_token_id
-    windows, owner = [], []
-    sizes = []
+    parts: list[list[int]] = []
+    owner: list[int] = []
+    sizes: list[tuple[int, int, str]] = []
     for text in documents:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: windows and windows * length]
         if ids:
-            parts = [ids[i : i + length] for i in range(0, len(ids), length)]
-            windows += parts
-            owner += [len(sizes)] * len(parts)
-            sizes.append((len(ids), len(text.encode())))
-    if not windows:
+            cut = [ids[i : i + length] for i in range(0, len(ids), length)]
+            owner += [len(sizes)] * len(cut)
+            parts += cut
+            scored = (tokenizer.decode(ids) if windows else text).encode()
+            sizes.append((len(ids), len(scored), hashlib.sha256(scored).hexdigest()))
+    if not parts:
         raise InputError("The evaluation text holds no token.", hint="Give a text file with something in it.")
     nats = np.zeros(len(sizes))
     device = next(model.parameters()).device
     # windows of one length share a batch, so that nothing is padded and no row depends on its batch
-    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i]), i))
-    emit(Phase("perplexity", len(windows)))
-    for group in _groups(order, windows, batch):
-        ids = torch.tensor([[start, *windows[i]] for i in group], device=device)
-        logits = model(ids[:, :-1], use_cache=False).logits.float()
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double().sum(1)
-        for i, loss in zip(group, losses.tolist(), strict=True):
+    order = sorted(range(len(parts)), key=lambda i: (-len(parts[i]), i))
+    emit(Phase("perplexity", len(parts)))
+    for group in _groups(order, parts, batch):
+        rows = torch.tensor([[start, *parts[i]] for i in group], device=device)
+        logits = model(rows[:, :-1], use_cache=False).logits.float()
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+        for i, loss in zip(group, losses.double().view(rows.shape[0], -1).sum(1).tolist(), strict=True):
             nats[owner[i]] += loss
         emit(Advance(len(group)))
     scores = tuple(DocumentScore(float(n), *size) for n, size in zip(nats, sizes, strict=True))
@@ -108,7 +113,7 @@ def summarise(documents: Sequence[DocumentScore], length: int, seed: int = 0) ->
 
 def paired_difference(a: Sequence[DocumentScore], b: Sequence[DocumentScore], seed: int = 0) -> tuple[float, float, float]:
     """Bits per byte of b minus a on the same documents, with its paired 95 % bootstrap interval."""
-    if [(d.tokens, d.bytes) for d in a] != [(d.tokens, d.bytes) for d in b]:
+    if [(d.sha256, d.tokens) for d in a] != [(d.sha256, d.tokens) for d in b]:
         raise InputError("The two results were not measured on the same documents.")
     table = np.array([(y.nats - x.nats, x.tokens, x.bytes) for x, y in zip(a, b, strict=True)])
     total, draws = table.sum(0), _resample(table, seed)
@@ -116,10 +121,10 @@ def paired_difference(a: Sequence[DocumentScore], b: Sequence[DocumentScore], se
     return float(total[0] / math.log(2) / total[2]), low, high
 
 
-def _groups(order: list[int], windows: list[list[int]], batch: int) -> list[list[int]]:
+def _groups(order: list[int], parts: list[list[int]], batch: int) -> list[list[int]]:
     groups: list[list[int]] = []
     for i in order:
-        if groups and len(groups[-1]) < batch and len(windows[groups[-1][0]]) == len(windows[i]):
+        if groups and len(groups[-1]) < batch and len(parts[groups[-1][0]]) == len(parts[i]):
             groups[-1].append(i)
         else:
             groups.append([i])

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ssmcompress.arch.base import Arch
 from ssmcompress.calib.stats import Hessian, SquaredSum
-from ssmcompress.calib.walk import Statistic, Walk
-from ssmcompress.edits import Edit, Mask, Replace
+from ssmcompress.calib.walk import Walk
+from ssmcompress.edits import Edit, Mask, Replace, apply_edit
 from ssmcompress.events import Emit, ignore
 from ssmcompress.prune import masks, scores
 from ssmcompress.prune.sparsegpt import sparsegpt
@@ -39,13 +39,14 @@ def find_edits(
     def edit(layer: int, block: nn.Module, statistics: Mapping[str, Any]) -> float:
         kept = total = 0
         for module, target in chosen.items():
-            name, weight = arch.weight(layer, module), block.mixer.get_submodule(module).weight
-            values, keep = prune_weight(weight.data, step.method, target, statistics.get(module))
-            if step.method == "sparsegpt":
-                values = values.to(dtypes.get(name, weight.dtype))
-                found.append(Replace(name, values * keep))
-            found.append(Mask(name, keep))
-            weight.copy_(torch.where(keep, values, 0))
+            name, weight = arch.weight(layer, module), block.mixer.get_submodule(module).weight.data
+            values, keep = prune_weight(weight, step.method, target, statistics.get(module))
+            made: list[Edit] = [Mask(name, keep)]
+            if values is not weight:
+                made.insert(0, Replace(name, values.to(dtypes.get(name, weight.dtype))))
+            for each in made:
+                apply_edit(each, weight)
+            found.extend(made)
             kept, total = kept + int(keep.sum()), total + keep.numel()
         return kept / total
 
@@ -54,8 +55,7 @@ def find_edits(
             edit(layer, block, {})
     else:
         assert windows is not None, f"{step.method} needs calibration"
-        collect = STATISTICS[step.method]
-        Walk(tuple(chosen), lambda module, width: _statistic(collect, width), edit).run(model, arch, windows, emit)
+        Walk(tuple(chosen), STATISTICS[step.method], edit).run(model, arch, windows, emit)
     return found
 
 
@@ -73,6 +73,3 @@ def prune_weight(weight: Tensor, method: str, target: Target, statistic: Any = N
         keep = masks.unstructured(flat, target.sparsity, target.scope)
     return weight, keep.view_as(weight)
 
-
-def _statistic(kind: type, width: int) -> Statistic:
-    return kind(width)

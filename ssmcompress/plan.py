@@ -1,0 +1,119 @@
+"""What a run would change, before it costs anything: shapes are read from the files' headers, no tensor is."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ssmcompress import recipe as recipes
+from ssmcompress.arch.base import Arch
+from ssmcompress.arch.registry import arch_for
+from ssmcompress.checkpoint.card import MASKS
+from ssmcompress.checkpoint.card import coverage as coverage_rows
+from ssmcompress.checkpoint.manifest import TensorRecord
+from ssmcompress.checkpoint.shards import Shards
+from ssmcompress.checkpoint.source import resolve
+from ssmcompress.edits import Edit, Mask
+from ssmcompress.events import Emit, Note, Table, ignore
+from ssmcompress.prune.targets import Target, targets
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Entries and bytes of the weights before and after, entries that would be zero, and what becomes of each tensor."""
+
+    params: int
+    weight_bytes: int
+    state_bytes: int
+    zeros: int
+    tensors: tuple[TensorRecord, ...]
+    loads_in: tuple[str, ...] = ("transformers", "ssmcompress")
+
+
+def plan(model: str, *, emit: Emit = ignore, **options: Any) -> Plan:
+    """Says what `prune` with the same options would do, and refuses what it would refuse, without reading a weight."""
+    step = recipes.prune_step(
+        options.get("method", "wanda"),
+        options.get("sparsity", 0.5),
+        options.get("pattern"),
+        options.get("scope"),
+        options.get("include", ()),
+        options.get("exclude", ()),
+        options.get("modules"),
+    )
+    recipe = recipes.recipe(model=model, steps=[step])
+    source = resolve(model)
+    arch, weights = arch_for(source.config()), Shards(source.folder)
+    chosen = targets(arch, recipe.steps[0])
+    shapes = {name: weights.shape(name) for name in weights}
+    expected = {
+        arch.weight(layer, module): expected_kept(shapes[arch.weight(layer, module)], module, target)
+        for layer in range(arch.layers)
+        for module, target in chosen.items()
+    }
+    records = records_of(arch, shapes, expected)
+    zeros = sum(
+        round((1 - record.kept) * torch.Size(record.shape).numel()) for record in records if record.status == "pruned"
+    )
+    found = Plan(
+        params=sum(shape.numel() for shape in shapes.values()),
+        weight_bytes=sum(shapes[name].numel() * weights.dtype(name).itemsize for name in weights),
+        state_bytes=arch.state_bytes(),
+        zeros=zeros,
+        tensors=tuple(records),
+    )
+    _tell(found, emit)
+    return found
+
+
+def expected_kept(shape: torch.Size, module: str, target: Target) -> float:
+    """The share of a weight that its target leaves, exactly."""
+    rows = shape.numel() // shape[0] if module == "conv1d" else shape[-1]
+    if target.pattern is not None:
+        n, m = target.pattern
+        rest = rows % m
+        return (rows // m * n + -(-rest * n // m)) / rows
+    size = shape.numel() if target.scope == "tensor" else rows
+    return 1 - int(size * target.sparsity) / size
+
+
+def coverage(arch: Arch, weights: Shards, edits: Iterable[Edit]) -> tuple[TensorRecord, ...]:
+    """What became of every tensor, from the edits that were made."""
+    kept = {edit.tensor: float(edit.keep.double().mean()) for edit in edits if isinstance(edit, Mask)}
+    return records_of(arch, {name: weights.shape(name) for name in weights}, kept)
+
+
+def records_of(
+    arch: Arch, shapes: Mapping[str, torch.Size], kept: Mapping[str, float]
+) -> tuple[TensorRecord, ...]:
+    """A record for every tensor: pruned, kept on purpose, or not chosen though it could be."""
+    records = []
+    for name, shape in shapes.items():
+        fields: dict[str, Any] = {"name": name, "shape": tuple(shape)}
+        if name in kept:
+            records.append(TensorRecord(**fields, status="pruned", kept=kept[name]))
+        elif arch.kept_on_purpose(name):
+            records.append(TensorRecord(**fields, status="kept", reason="on purpose"))
+        else:
+            records.append(TensorRecord(**fields, status="kept", reason="not chosen"))
+    return tuple(records)
+
+
+def tell_coverage(records: Sequence[TensorRecord], emit: Emit) -> None:
+    """The coverage table: every kind of tensor once."""
+    emit(Table("coverage", ("weight", "tensors", "what happened", "kept"), tuple(coverage_rows(records))))
+    if any(record.status == "pruned" for record in records):
+        emit(Note(MASKS))
+
+
+def _tell(found: Plan, emit: Emit) -> None:
+    rows = (
+        ("parameters", f"{found.params:,}", f"{found.params:,}"),
+        ("of them zero", "0", f"{found.zeros:,}"),
+        ("weight bytes", f"{found.weight_bytes:,}", f"{found.weight_bytes:,}"),
+        ("state bytes a sequence", f"{found.state_bytes:,}", f"{found.state_bytes:,}"),
+    )
+    emit(Table("plan", ("", "before", "after"), rows))
+    emit(Note(f"The output loads in {' and '.join(found.loads_in)}."))
+    tell_coverage(found.tensors, emit)
