@@ -9,10 +9,10 @@ import torch
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.layout import EMBEDDING, HEAD, original_config, original_name
 from ssmcompress.checkpoint.output import carry, output, write
-from ssmcompress.checkpoint.shards import BIN
+from ssmcompress.checkpoint.shards import BIN, require_space
 from ssmcompress.checkpoint.source import Checkpoint, load
 from ssmcompress.checkpoint.verify import verify
-from ssmcompress.errors import InputError
+from ssmcompress.errors import InputError, ResourceError
 from ssmcompress.events import Emit, Finished, Metric, ignore
 
 To = Literal["hf", "mamba-ssm"]
@@ -42,13 +42,17 @@ def convert(model: str, *, to: To, out: str | Path, overwrite: bool = False, emi
 def write_original(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes config.json and pytorch_model.bin as `MambaLMHeadModel.from_pretrained` reads them.
 
-    It reads no safetensors and wants the tied head under both names, so `torch.save` it is; a second copy of the weights
-    in another format would only double the folder. UnsupportedError for what mamba-ssm cannot express.
+    It reads no safetensors and wants the tied head under both names, so `torch.save` it is; a second copy of them in
+    another format would only double the folder. UnsupportedError for what mamba-ssm cannot express.
     """
     config = original_config(checkpoint.model.config)
     state = {original_name(name): checkpoint.stored[name] for name in checkpoint.stored}
     if config["tie_embeddings"]:
         state[HEAD] = state[EMBEDDING["mamba_ssm"]]
-    torch.save(state, folder / BIN)
+    require_space(folder, sum(tensor.nbytes for tensor in state.values()))
+    try:
+        torch.save(state, folder / BIN)
+    except RuntimeError as error:  # its OSError, without the cause
+        raise ResourceError(f"Cannot write {folder / BIN}: {error}.", hint="Free some space.") from error
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     carry(checkpoint.source, folder)

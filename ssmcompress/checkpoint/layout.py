@@ -123,10 +123,9 @@ def _check(config: dict[str, Any]) -> None:
             raise InputError(f"config.json gives {key} as {value!r}; expected a whole number of at least 1.")
     if not isinstance(config.get("ssm_cfg") or {}, dict):
         raise InputError(f"config.json gives ssm_cfg as {config['ssm_cfg']!r}; expected an object.")
-    expected: dict[str, Any] = {"attn_layer_idx": [], "d_intermediate": 0, "rms_norm": True}
-    for key, value in expected.items():
-        if config.get(key, value) not in (value, None):
-            raise _inexpressible(key, config[key], repr(value))
+    for key in ("attn_layer_idx", "d_intermediate", "rms_norm"):
+        if bool(config.get(key, TOP[key])) != bool(TOP[key]):
+            raise _inexpressible(key, config[key], repr(TOP[key]))
 
 
 def _mamba_widths(top: dict[str, Any], ssm: dict[str, Any]) -> dict[str, Any]:
@@ -141,10 +140,11 @@ def _mamba_widths(top: dict[str, Any], ssm: dict[str, Any]) -> dict[str, Any]:
 
 def _mamba2_widths(top: dict[str, Any], ssm: dict[str, Any]) -> dict[str, Any]:
     inner = ssm["expand"] * top["d_model"]
-    expected = {"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False, "d_ssm": inner}
-    for key, value in expected.items():
-        if ssm[key] not in (value, None):
+    for key, value in {"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}.items():
+        if bool(ssm[key]) != value:
             raise _inexpressible(f"ssm_cfg.{key}", ssm[key], repr(value))
+    if ssm["d_ssm"] not in (None, inner):
+        raise _inexpressible("ssm_cfg.d_ssm", ssm["d_ssm"], str(inner))
     if ssm["expand"] != int(ssm["expand"]):
         raise _inexpressible("ssm_cfg.expand", ssm["expand"], "a whole number")
     if inner % ssm["headdim"]:

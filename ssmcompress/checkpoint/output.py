@@ -56,12 +56,14 @@ def output(
     resumable: bool = False,
     source: Source | None = None,
 ) -> Iterator[Path]:
-    """Yields the empty folder `DIR.partial` to write into; it becomes DIR when the block ends and vanishes when it fails.
+    """Yields the empty folder `DIR.partial` to write into: it becomes DIR when the block ends, vanishes when it fails.
 
     Resumable, it stays after a failure, and a later call of the same recipe hash finds it as it was left. Raises
-    InputError where DIR exists and may not be replaced, ResourceError for a second writer, a full disk or no permission.
+    InputError where DIR exists and may not be replaced, ResourceError for a second writer, full disk or no permission.
     """
     final = Path(folder).expanduser().resolve()
+    if final == final.parent or any(parent.is_file() for parent in final.parents):
+        raise InputError(f"{folder} cannot be a folder of its own.", hint="Choose another --out.")
     partial, aside = final.with_name(final.name + ".partial"), final.with_name(final.name + ".replaced")
     with _lacking(final):
         final.parent.mkdir(parents=True, exist_ok=True)

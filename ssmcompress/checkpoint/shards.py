@@ -24,7 +24,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors of a folder by name; nothing is read before it is asked for (memory-mapped, copy on write).
+    """The tensors of a folder by name; nothing is read before it is asked for, and every read is a fresh tensor.
 
     Raises InputError for a missing, truncated or contradictory file, UnsupportedError for a dtype that is no float.
     """
@@ -53,7 +53,8 @@ class Shards(Mapping[str, Tensor]):
                 )
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._shard(name).get_tensor(self.stored_name(name))
+        # a copy, for what the file's mapping hands out is shared: an edit would show in the next read
+        return self._shard(name).get_tensor(self.stored_name(name)).clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -63,7 +64,7 @@ class Shards(Mapping[str, Tensor]):
 
     def get_slice(self, name: str, index: slice | tuple[slice, ...]) -> Tensor:
         """Part of a tensor, reading no more than it."""
-        return self._slice(name)[index]
+        return self._slice(name)[index].clone()
 
     def shape(self, name: str) -> torch.Size:
         """The shape of a tensor, without reading it."""
@@ -129,13 +130,7 @@ def save(
     is in memory at a time. The same tensors in the same order give the same bytes. ResourceError when the disk is full.
     """
     plan = split_torch_state_dict_into_shards(dict(state), max_shard_size=shard_size)
-    need = sum(tensor.nbytes for tensor in state.values())
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise ResourceError(
-            f"{need / 1e9:.2f} GB of weights do not fit on the disk of {folder}: {free / 1e9:.2f} GB are free.",
-            hint="Free some space or choose another --out.",
-        )
+    require_space(folder, sum(tensor.nbytes for tensor in state.values()))
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: (value or state.__getitem__)(name).detach().contiguous().cpu() for name in names}
         try:
@@ -145,6 +140,16 @@ def save(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / (SAFETENSORS + INDEX)).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def require_space(folder: Path, need: int) -> None:
+    """ResourceError where fewer than `need` bytes are free on the disk of a folder."""
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise ResourceError(
+            f"{need / 1e9:.2f} GB of weights do not fit on the disk of {folder}: {free / 1e9:.2f} GB are free.",
+            hint="Free some space or choose another --out.",
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

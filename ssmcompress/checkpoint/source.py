@@ -28,6 +28,8 @@ from ssmcompress.errors import InputError, UnsupportedError
 Layout = Literal["hf", "mamba_ssm"]
 LAYER = re.compile(r"backbone\.layers\.(\d+)\.")
 STATE_SPACE = ("A_log", "D", "dt_bias")  # small and stiff: a narrower compute dtype does not narrow them
+SIZES: tuple[str, ...] = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "state_size", "expand")
+SIZES += ("conv_kernel", "num_heads", "head_dim", "n_groups", "chunk_size", "time_step_rank")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -48,19 +50,24 @@ class Source:
     def config(self) -> PreTrainedConfig:
         """The Hugging Face config; InputError or UnsupportedError where it is no use.
 
-        `rescale_prenorm_residual` is off: where it is true, stock `from_pretrained` divides every loaded out_proj by the
-        square root of the number of layers.
+        `rescale_prenorm_residual` is off: where it is true, stock `from_pretrained` divides every loaded out_proj by
+        the square root of the number of layers.
         """
-        raw = read_json(self.folder / "config.json")
-        if self.layout == "mamba_ssm":
-            return layout.hf_config(raw)
+        path = self.folder / "config.json"
+        raw = read_json(path)
         if raw.get("quantization_config"):
             raise UnsupportedError(f"{self.name} is quantised.", hint="Start from the original weights.")
         try:
-            config = CONFIG_MAPPING[raw["model_type"]].from_pretrained(self.folder, local_files_only=True)
-        except (StrictDataclassError, TypeError, ValueError) as error:
-            cause = str(error.__cause__ or error).splitlines()[-1].strip()
-            raise InputError(f"{self.folder / 'config.json'} is not a valid config: {cause}") from error
+            if self.layout == "mamba_ssm":
+                config = layout.hf_config(raw)
+            else:
+                config = CONFIG_MAPPING[raw["model_type"]].from_pretrained(self.folder, local_files_only=True)
+        except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
+            cause = str(error.__cause__ or error).strip().splitlines()[-1].strip()
+            raise InputError(f"{path} is not a valid config: {cause}") from error
+        for key in SIZES:
+            if getattr(config, key, 1) < 1:
+                raise InputError(f"{path} gives {key} as {getattr(config, key)}; expected at least 1.")
         config.rescale_prenorm_residual = False
         vars(config).pop("auto_map", None)  # code beside a checkpoint is never run, and never passed on
         return config
@@ -80,7 +87,7 @@ class Source:
 
 @dataclass
 class Checkpoint:
-    """A model in memory, in evaluation mode, with what belongs to it; `stored` reads its tensors as the files hold them."""
+    """A model in memory, in evaluation mode, with what belongs to it; `stored` reads its tensors from the files."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -119,7 +126,7 @@ def load(
 ) -> Checkpoint:
     """Loads a model without running any code of its folder; every tensor must be there, fit and be finite.
 
-    `auto` keeps each tensor's stored dtype; float32 converts all; a narrower dtype leaves A_log, D and dt_bias as stored.
+    `auto` keeps the stored dtypes; float32 converts all; a narrower dtype leaves A_log, D and dt_bias as they are.
     Raises InputError for a checkpoint that is damaged or does not fit its config, UnsupportedError for a foreign family
     or dtype.
     """

@@ -1,0 +1,193 @@
+"""The output folder: whole under its name or not there, one writer, nothing of anybody else's deleted."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from ssmcompress.checkpoint import shards
+from ssmcompress.checkpoint.output import output, write
+from ssmcompress.checkpoint.source import load
+from ssmcompress.errors import InputError, ResourceError
+from tests.unit.checkpoint.folders import save
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def finish(folder: Path, text: str = "{}", **options: object) -> None:
+    with output(folder, **options) as partial:  # type: ignore[arg-type]
+        (partial / "config.json").write_text(text)
+
+
+def test_written_under_another_name_then_renamed(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "out"
+    with output(final) as partial:
+        (partial / "config.json").write_text("{}")
+        assert partial == tmp_path / "deep" / "out.partial" and not final.exists()
+    assert names(tmp_path / "deep") == ["out"] and names(final) == ["config.json"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, InputError])
+def test_a_failure_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(error), output(tmp_path / "out") as partial:
+        (partial / "config.json").write_text("{}")
+        raise error("stop")
+    assert names(tmp_path) == []
+
+
+def test_a_failed_overwrite_keeps_the_old(tmp_path: Path) -> None:
+    finish(tmp_path / "out", "old")
+    with pytest.raises(KeyboardInterrupt), output(tmp_path / "out", overwrite=True):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_a_failed_rename_brings_the_old_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == "out.partial":
+            raise OSError(errno.EACCES, "denied", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(ResourceError, match="permission"):
+        finish(tmp_path / "out", "new", overwrite=True)
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_existing_output_is_refused_unless_overwritten(tmp_path: Path) -> None:
+    finish(tmp_path / "out", "old")
+    with pytest.raises(InputError) as caught:
+        finish(tmp_path / "out", "new")
+    assert "--overwrite" in caught.value.hint and caught.value.exit_code == 2
+    finish(tmp_path / "out", "new", overwrite=True)
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "config.json").read_text() == "new"
+
+
+def test_an_empty_folder_is_no_output_yet(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    finish(tmp_path / "out")
+    assert names(tmp_path / "out") == ["config.json"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_not_ours_is_never_replaced(kind: str, tmp_path: Path) -> None:
+    if kind == "folder":
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("years")
+    else:
+        (tmp_path / "out").write_text("years")
+    with pytest.raises(InputError, match="does not look like"):
+        finish(tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    with output(tmp_path / "out") as partial:
+        (partial / "config.json").write_text("{}")
+        with pytest.raises(ResourceError, match="Another run") as caught:
+            finish(tmp_path / "out", overwrite=True)
+        assert caught.value.exit_code == 4
+        finish(tmp_path / "other")
+    assert names(tmp_path) == ["other", "out"]
+
+
+KILLED = """
+import os, sys
+from ssmcompress.checkpoint.output import output
+with output(sys.argv[1], recipe_hash="abc", resumable=True) as partial:
+    (partial / "half").write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_run_blocks_nobody_and_may_be_resumed(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], cwd=Path.cwd(), check=False)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    with pytest.raises(KeyboardInterrupt), output(tmp_path / "out", recipe_hash="abc", resumable=True) as partial:
+        assert (partial / "half").read_text() == "half"
+        raise KeyboardInterrupt
+    with output(tmp_path / "out", recipe_hash="abc", resumable=True) as partial:
+        assert (partial / "half").exists()
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["half"]
+
+
+@pytest.mark.parametrize("again", [{}, {"recipe_hash": "other", "resumable": True}, {"recipe_hash": "abc"}])
+def test_another_recipe_starts_afresh(again: dict, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".recipe").write_text("abc")
+    (tmp_path / "out.partial" / "half").write_text("half")
+    with output(tmp_path / "out", **again) as partial:
+        assert not (partial / "half").exists()
+        (partial / "config.json").write_text("{}")
+    assert names(tmp_path / "out") == ["config.json"]
+
+
+def test_a_kill_between_the_last_renames_is_mended(tmp_path: Path) -> None:
+    finish(tmp_path / "out.replaced", "old")
+    with pytest.raises(InputError, match="exists already"):
+        finish(tmp_path / "out", "new")
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EDQUOT, errno.EROFS])
+def test_a_lack_of_the_machine_is_said_as_one(code: int, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError) as caught, output(tmp_path / "out"):
+        raise OSError(code, os.strerror(code), "weights")
+    assert caught.value.exit_code == 4 and "weights" in caught.value.message
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_as_safetensors_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    save("mamba", tmp_path / "in")
+    checkpoint = load(str(tmp_path / "in"))
+    monkeypatch.setattr(shards, "save_file", full)
+    with pytest.raises(ResourceError, match="No space left"), output(tmp_path / "out") as partial:
+        write(checkpoint, partial)
+    assert names(tmp_path) == ["in"]
+
+
+def test_what_travels_with_every_output(tmp_path: Path) -> None:
+    save("mamba2", tmp_path / "in", tokenizer=True)
+    (tmp_path / "in" / "LICENSE").write_text("free")
+    (tmp_path / "in" / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "in" / "modeling_evil.py").write_text("raise SystemExit")
+    checkpoint = load(str(tmp_path / "in"))
+    state = {name: tensor * 0 for name, tensor in checkpoint.stored.items()}
+    with output(tmp_path / "out", source=checkpoint.source) as partial:
+        write(checkpoint, partial, state)
+    assert names(tmp_path / "out") == sorted({*names(tmp_path / "in"), "config.json"} - {"modeling_evil.py"})
+    for name in set(names(tmp_path / "out")) - {"config.json", "model.safetensors"}:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
+    written = load(str(tmp_path / "out"))
+    assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in written.model.state_dict().values())
+    assert written.model.config.to_dict() == checkpoint.model.config.to_dict()
+
+
+def test_impossible_places(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (Path("/"), tmp_path / "file" / "out"):
+        with pytest.raises(InputError, match="cannot be a folder"):
+            finish(out, overwrite=True)
+
+
+def test_output_over_its_source_is_refused(tmp_path: Path) -> None:
+    save("mamba", tmp_path / "models" / "in")
+    source = load(str(tmp_path / "models" / "in")).source
+    for out in (tmp_path / "models", tmp_path / "models" / "in"):
+        with pytest.raises(InputError, match="holds the model"):
+            finish(out, overwrite=True, source=source)
+    assert load(str(tmp_path / "models" / "in"))
