@@ -1,6 +1,7 @@
 """The verb `generate`: a prompt continued by one model, or by two side by side."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -44,7 +45,7 @@ def generate(
         inputs = tokenizer(prompt, return_tensors="pt").to(device)
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        ids = checkpoint.model.generate(
+        ids = cast(Any, checkpoint.model).generate(
             inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,

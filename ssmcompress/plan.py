@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
-from ssmcompress import recipe as recipes
 from ssmcompress.arch.base import Arch
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.checkpoint.card import MASKS
@@ -17,11 +16,12 @@ from ssmcompress.checkpoint.source import resolve
 from ssmcompress.edits import Edit, Mask
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.targets import Target, targets
+from ssmcompress.recipe import PruneOptions, pruning
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Entries and bytes of the weights before and after, entries that would be zero, and what becomes of each tensor."""
+    """Entries and bytes of the weights, entries that would be zero, and what becomes of each tensor."""
 
     params: int
     weight_bytes: int
@@ -31,18 +31,9 @@ class Plan:
     loads_in: tuple[str, ...] = ("transformers", "ssmcompress")
 
 
-def plan(model: str, *, emit: Emit = ignore, **options: Any) -> Plan:
+def plan(model: str, *, emit: Emit = ignore, **options: Unpack[PruneOptions]) -> Plan:
     """Says what `prune` with the same options would do, and refuses what it would refuse, without reading a weight."""
-    step = recipes.prune_step(
-        options.get("method", "wanda"),
-        options.get("sparsity", 0.5),
-        options.get("pattern"),
-        options.get("scope"),
-        options.get("include", ()),
-        options.get("exclude", ()),
-        options.get("modules"),
-    )
-    recipe = recipes.recipe(model=model, steps=[step])
+    recipe = pruning(model, options)
     source = resolve(model)
     arch, weights = arch_for(source.config()), Shards(source.folder)
     chosen = targets(arch, recipe.steps[0])
@@ -84,9 +75,7 @@ def coverage(arch: Arch, weights: Shards, edits: Iterable[Edit]) -> tuple[Tensor
     return records_of(arch, {name: weights.shape(name) for name in weights}, kept)
 
 
-def records_of(
-    arch: Arch, shapes: Mapping[str, torch.Size], kept: Mapping[str, float]
-) -> tuple[TensorRecord, ...]:
+def records_of(arch: Arch, shapes: Mapping[str, torch.Size], kept: Mapping[str, float]) -> tuple[TensorRecord, ...]:
     """A record for every tensor: pruned, kept on purpose, or not chosen though it could be."""
     records = []
     for name, shape in shapes.items():

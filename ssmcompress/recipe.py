@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, TypedDict
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -77,18 +78,48 @@ class Recipe(_Strict):
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def prune_step(
-    method: str,
-    sparsity: float,
-    pattern: str | None,
-    scope: str | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    modules: dict[str, float] | None,
-) -> dict[str, Any]:
-    """A pruning step as plain values."""
-    chosen = {"include": tuple(include), "exclude": tuple(exclude), "modules": modules or {}}
-    return {"step": "prune", "method": method, "sparsity": sparsity, "pattern": pattern, "scope": scope} | chosen
+class PruneOptions(TypedDict, total=False):
+    """What `prune` and `plan` take beside the model; what is left out has the default of the recipe's schema."""
+
+    method: str
+    sparsity: float
+    pattern: str | None
+    scope: str | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    modules: dict[str, float]
+    calib: str | None
+    calib_split: str | None
+    calib_column: str | None
+    calib_mix: str | None
+    windows: int
+    length: int
+    seed: int
+    device: str
+    dtype: str
+    backend: str
+
+
+CALIBRATION = {"calib": "text", "calib_split": "split", "calib_column": "column", "calib_mix": "mix"}
+
+
+def pruning(model: str, options: PruneOptions) -> Recipe:
+    """The recipe of one pruning step; RecipeError for an option there is not, or a value that will not do."""
+    for name in options:
+        if name not in PruneOptions.__annotations__:
+            near = get_close_matches(name, PruneOptions.__annotations__, n=1)
+            raise RecipeError(f"There is no option {name!r}.", hint=f"Did you mean {near[0]!r}?" if near else "")
+    step: dict[str, Any] = {"step": "prune"}
+    calibrate: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in Prune.model_fields:
+            step[name] = value
+        elif name in CALIBRATION or name in Calibration.model_fields:
+            calibrate[CALIBRATION.get(name, name)] = value
+        else:
+            rest[name] = value
+    return recipe(model=model, calibrate=calibrate, steps=[step], **rest)
 
 
 def recipe(**fields: Any) -> Recipe:

@@ -4,13 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ssmcompress import edits as editing
-from ssmcompress import recipe as recipes
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.calib import data
 from ssmcompress.checkpoint import card, manifest
@@ -27,7 +26,7 @@ from ssmcompress.measure.perplexity import Perplexity, paired_difference, perple
 from ssmcompress.plan import coverage, tell_coverage
 from ssmcompress.prune.apply import find_edits
 from ssmcompress.prune.targets import targets
-from ssmcompress.recipe import Calibration, Prune, Recipe
+from ssmcompress.recipe import Calibration, PruneOptions, Recipe, pruning
 
 EDITS, RECIPE, MEASURED, EVENTS = "edits.safetensors", "recipe.yaml", "measured.json", "events.jsonl"
 EXERCISE_TOKENS = 30  # of the shorter ones on average
@@ -48,43 +47,16 @@ def prune(
     model: str,
     *,
     out: str | Path,
-    method: str = "wanda",
-    sparsity: float = 0.5,
-    pattern: str | None = None,
-    scope: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    modules: dict[str, float] | None = None,
-    calib: str | None = None,
-    calib_split: str | None = None,
-    calib_column: str | None = None,
-    calib_mix: str | None = None,
-    windows: int = 64,
-    length: int = 512,
     no_eval: bool = False,
     overwrite: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-    dtype: str = "auto",
-    backend: str = "auto",
     emit: Emit = ignore,
+    **options: Unpack[PruneOptions],
 ) -> Result:
-    """Sets weights to zero, writes the checkpoint, loads it again and measures it; returns what was written.
+    """Sets weights to zero, writes the checkpoint, loads it again and measures it; the options are those of a recipe.
 
-    Raises RecipeError or InputError for what was given, UnsupportedError for a model or module that cannot be pruned so.
+    Raises RecipeError or InputError for what was given, UnsupportedError for a model or module it cannot prune so.
     """
-    step = recipes.prune_step(method, sparsity, pattern, scope, include, exclude, modules)
-    calibrate = {"text": calib, "split": calib_split, "column": calib_column, "mix": calib_mix}
-    recipe = recipes.recipe(
-        model=model,
-        seed=seed,
-        backend=backend,
-        device=device,
-        dtype=dtype,
-        calibrate=calibrate | {"windows": windows, "length": length},
-        steps=[step],
-    )
-    return run(recipe, out, overwrite=overwrite, measure=not no_eval, emit=emit)
+    return run(pruning(model, options), out, overwrite=overwrite, measure=not no_eval, emit=emit)
 
 
 def run(
@@ -142,13 +114,18 @@ def apply(
 
 
 def _load(source: Source, recipe: Recipe, tell: Emit) -> Checkpoint:
-    checkpoint = load(source, dtype=compute_dtype(recipe.dtype, recipe.device), device=recipe.device, backend=recipe.backend)
-    tell(Note(f"Kernels: {_kernels(checkpoint.model, recipe.device)}"))
+    checkpoint = load(
+        source, dtype=compute_dtype(recipe.dtype, recipe.device), device=recipe.device, backend=recipe.backend
+    )
+    kernels = _kernels(checkpoint.model, recipe.device)
+    tell(Note("Kernels: " + ", ".join(f"{kernel} {name}" for kernel, name in kernels.items()) + "."))
     return checkpoint
 
 
 def _reload(folder: Path, recipe: Recipe) -> Checkpoint:
-    return load(str(folder), dtype=compute_dtype(recipe.dtype, recipe.device), device=recipe.device, backend=recipe.backend)
+    return load(
+        str(folder), dtype=compute_dtype(recipe.dtype, recipe.device), device=recipe.device, backend=recipe.backend
+    )
 
 
 def _edit(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> tuple[list[Edit], dict[str, Any] | None]:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class Arch(ABC):
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The blocks of a model of this family, each with `norm` and `mixer`."""
-        return model.get_submodule("backbone.layers")  # type: ignore[return-value]
+        return cast(nn.ModuleList, model.get_submodule("backbone.layers"))
 
     def prefix(self, layer: int) -> str:
         """The start of every tensor name of a block."""
@@ -113,6 +114,8 @@ class Mixer(nn.Module):
     activation: str
     act: nn.Module
     conv1d: nn.Conv1d
+    A_log: nn.Parameter
+    D: nn.Parameter
     backend: kernels.Backend = kernels.AUTO
     taps: Taps | None = None  # called with (module, its input) before each prunable module
     offset: Offset | None = None  # C → what to add to the scan's output before the gate
@@ -127,13 +130,14 @@ class Mixer(nn.Module):
         """What earlier tokens left behind: convolution inputs [B, C, K-1] and state, None where there were none."""
         left = state = None
         if cache is not None and cache.has_previous_state(self.layer_idx):
-            left = cache.get_conv_state(self.layer_idx)[..., 1:]
+            left = cast(Tensor, cache.get_conv_state(self.layer_idx))[..., 1:]
             state = cache.get_recurrent_state(self.layer_idx)
         if state is None and self.initial_state is not None:
             state = self.initial_state.expand(batch, *self.initial_state.shape).clone()
         return left, state
 
-    def steps(self, x: Tensor, state: Tensor | None, cache: Cache | None) -> bool:
+    @staticmethod
+    def steps(state: Tensor | None, x: Tensor, cache: Cache | None) -> TypeGuard[Tensor]:
         """Whether this is one token of decoding: the state may then change in place."""
         return x.shape[1] == 1 and state is not None and cache is not None and not torch.is_grad_enabled()
 
@@ -174,6 +178,11 @@ def silence(tensor: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
     return tensor if mask is None else tensor.masked_fill(~mask[..., None], value)
 
 
+def decay(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in float32 at least."""
+    return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
+
+
 def hold(dt: Tensor, mask: Tensor | None) -> Tensor:
     """The dt [B, L, …] that makes padded positions pass the state through untouched."""
     return silence(dt, mask, PAD)
@@ -199,4 +208,3 @@ def use_backend(model: nn.Module, backend: kernels.Backend) -> None:
     """Lets every mixer run on this backend."""
     for mixer in mixers(model):
         mixer.backend = backend
-

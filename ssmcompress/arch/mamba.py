@@ -1,14 +1,15 @@
 """Mamba-1: the family's axes and its mixer on our kernels (mamba, falcon_mamba)."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.falcon_mamba import modeling_falcon_mamba as stock_falcon
 from transformers.models.mamba import modeling_mamba as stock
 
-from ssmcompress.arch.base import Arch, Axis, Mixer, Slice, adopt, hold, real_positions, silence
+from ssmcompress.arch.base import Arch, Axis, Mixer, Slice, adopt, decay, hold, real_positions, silence
 
 
 class _SelectiveMixer(Mixer):
@@ -33,7 +34,7 @@ class _SelectiveMixer(Mixer):
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         dt, B, C = self._normalise(*self.x_proj(x).split(sizes, dim=-1))
         self.tap("dt_proj", dt)
-        dt = hold(F.linear(dt, self.dt_proj.weight), mask)
+        dt = hold(F.linear(dt, cast(Tensor, self.dt_proj.weight)), mask)
         y = self._scan(x, dt, B, C, z, state, cache_params)
         self.tap("out_proj", y)
         return self.out_proj(y)
@@ -44,9 +45,9 @@ class _SelectiveMixer(Mixer):
     def _scan(
         self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, state: Tensor | None, cache: Cache | None
     ) -> Tensor:
-        A = -self.A_log.float().exp()
+        A = decay(self.A_log)
         gate = z if self.offset is None else None
-        if self.steps(x, state, cache):
+        if self.steps(state, x, cache):
             row = None if gate is None else gate[:, 0]
             y = self.backend.selective_step(
                 state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, row, self.dt_proj.bias
@@ -91,7 +92,7 @@ class Mamba(Arch):
     """Mamba-1 (Gu and Dao, 2023): inner channels, per-channel states and a low-rank step size."""
 
     model_type = "mamba"
-    model_class = MambaForCausalLM
+    model_class: type[PreTrainedModel] = MambaForCausalLM
     prunable = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
     hookless = ("conv1d", "dt_proj", "A_log", "D")
     fixed = ("A_log", "D", "embeddings", "lm_head")

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
-from ssmcompress.arch.base import Arch, Axis, Mixer, Slice, adopt, hold, real_positions, silence
+from ssmcompress.arch.base import Arch, Axis, Mixer, Slice, adopt, decay, hold, real_positions, silence
 
 
 class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
@@ -39,12 +39,12 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
         x, B, C = xBC.split([self.intermediate_size, grouped, grouped], dim=-1)
         x = x.view(batch, length, self.num_heads, self.head_dim)
         B, C = (t.view(batch, length, self.n_groups, self.ssm_state_size) for t in (B, C))
-        A = -self.A_log.float().exp()
+        A = decay(self.A_log)
         limit = tuple(self.time_step_limit)
-        if self.steps(x, state, cache):
-            y = self.backend.ssd_step(
-                state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, self.dt_bias, limit
-            )[:, None]
+        if self.steps(state, x, cache):
+            y = self.backend.ssd_step(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, self.dt_bias, limit)[
+                :, None
+            ]
         else:
             y, state = self.backend.ssd(x, dt, A, B, C, self.D, self.dt_bias, limit, state)
         if cache is not None:

@@ -1,21 +1,21 @@
 """Block by block: observe the dense block, let the caller edit it, send the tokens through the edited block, go on.
 
-The residual stream is kept explicitly and in float32, so that every block sees what the pruned blocks before it produce.
+The residual stream is kept in float32 and passed on, so that every block sees what the pruned blocks before it make.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ssmcompress.arch.base import Arch
+from ssmcompress.arch.base import Arch, Mixer
 from ssmcompress.calib.stats import Moment
 from ssmcompress.calib.taps import observe
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.events import Emit, LayerDone, ignore
-
 
 EditBlock = Callable[[int, nn.Module, Mapping[str, Moment]], float]
 
@@ -31,7 +31,7 @@ class Walk:
 
     @torch.no_grad()
     def run(self, model: nn.Module, arch: Arch, windows: Tensor, emit: Emit = ignore) -> None:
-        """Walks the windows [n, L] of token ids through the model, whose blocks `edit` changes and says the kept share of.
+        """Walks windows [n, L] of token ids through the model; `edit` changes each block and returns its kept share.
 
         Raises UnsupportedError where a module's tap never fired: pruning blindly would be worse than not pruning.
         """
@@ -56,7 +56,7 @@ class Walk:
                 statistics[module].add(x)
 
         if self.modules:
-            with observe(block.mixer, watch):
+            with observe(cast(Mixer, block.mixer), watch):
                 for rows in hidden:
                     block(rows)
         silent = [module for module in self.modules if module not in statistics]

@@ -1,7 +1,7 @@
 """The verb `eval`: likelihood and memory of a checkpoint, to the terminal and to summary.json."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -57,7 +57,7 @@ def evaluate(
     return summary
 
 
-def compute_dtype(name: str, device: str) -> torch.dtype | str:
+def compute_dtype(name: str, device: str) -> torch.dtype | Literal["auto"]:
     """The dtype to compute in: what was asked for, else float32 on a CPU and the stored one elsewhere."""
     if name != "auto":
         return getattr(torch, name)

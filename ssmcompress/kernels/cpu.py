@@ -1,6 +1,6 @@
 """Portable kernels in plain torch: the chunked Mamba-1 scan with its own backward, and the Mamba-2 chunk algorithm.
 
-They run on every device and dtype torch has, accumulate in float32 (float64 for float64 input) and carry state in and out.
+They run on every device and dtype torch has, sum in float32 (float64 for float64 input) and carry state in and out.
 """
 
 import torch
@@ -14,7 +14,9 @@ SCAN_CHUNK = 16
 SSD_CHUNK = 64
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, left: Tensor | None = None, silu: bool = True) -> Tensor:
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, left: Tensor | None = None, silu: bool = True
+) -> Tensor:
     """Causal depthwise convolution, then SiLU: x [B, L, C], weight [C, K], left [B, C, K-1] → [B, L, C]."""
     kernel, length = weight.shape[1], x.shape[1]
     padded = F.pad(x, (0, 0, kernel - 1, 0)) if left is None else torch.cat([left.to(x.dtype).transpose(1, 2), x], 1)
@@ -38,7 +40,7 @@ def selective_scan(
     dt_bias: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-1 scan: u, dt, z [B, L, D], A [D, N], B, C [B, L, N], state [B, D, N] → y [B, L, D], state (Mamba, alg. 2)."""
+    """Mamba-1 scan: u, dt, z [B, L, D], A [D, N], B, C [B, L, N], state [B, D, N] → y, state (Mamba, alg. 2)."""
     work = accumulator(u)
     wide = u.to(work)
     delta = F.softplus(dt.to(work) if dt_bias is None else dt.to(work) + dt_bias.to(work))
@@ -63,7 +65,7 @@ def selective_step(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
 ) -> Tensor:
-    """One token of :func:`selective_scan`: u, dt, z [B, D], B, C [B, N]; state [B, D, N] changes in place → y [B, D]."""
+    """One token of :func:`selective_scan`: u, dt, z [B, D], B, C [B, N], state [B, D, N] in place → y [B, D]."""
     work = accumulator(u)
     gate = None if z is None else z.to(work)
     y = reference.selective_step(state, u.to(work), dt.to(work), A, B.to(work), C.to(work), D, gate, dt_bias)
@@ -81,7 +83,7 @@ def ssd(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-2 scan by chunks: x [B, L, H, P], dt [B, L, H], A [H], B, C [B, L, G, N] → y, state [B, H, P, N] (SSD, §6).
+    """Mamba-2 scan by chunks: x [B, L, H, P], dt [B, L, H], A [H], B, C [B, L, G, N] → y, state (Mamba-2, §6).
 
     The cumulative sums are float64: their differences are exponents, and float32 loses digits there.
     """
@@ -126,7 +128,7 @@ def ssd_step(
     dt_bias: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> Tensor:
-    """One token of :func:`ssd`: x [B, H, P], dt [B, H], B, C [B, G, N]; state [B, H, P, N] changes in place → y [B, H, P]."""
+    """One token of :func:`ssd`: x [B, H, P], dt [B, H], B, C [B, G, N], state [B, H, P, N] in place → y [B, H, P]."""
     work = accumulator(x)
     y = reference.ssd_step(state, x.to(work), dt.to(work), A, B.to(work), C.to(work), D, dt_bias, dt_limit)
     return y.to(x.dtype)
@@ -164,7 +166,7 @@ def _ssd_blocks(
 
 
 class _Scan(torch.autograd.Function):
-    """h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t, y_t = C_t · h_t, keeping only the states between chunks for the backward."""
+    """h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t, y_t = C_t · h_t; only the states between chunks are kept."""
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, state):  # type: ignore[no-untyped-def]
@@ -207,7 +209,7 @@ def _spans(length: int) -> list[slice]:
 
 
 def _chunk_states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """States after each token of a chunk, and their decays: both [L, B, D, N], time first so that a step is contiguous."""
+    """States after each token of a chunk and their decays [L, B, D, N], time first: a step is contiguous."""
     decay = torch.exp(delta.transpose(0, 1)[..., None] * A)
     states = (delta * u).transpose(0, 1)[..., None] * B.transpose(0, 1)[:, :, None]
     for t in range(len(states)):

@@ -26,12 +26,18 @@ def available() -> tuple[bool, str]:
     for module, package in PACKAGES.items():
         try:
             importlib.import_module(module)
-        except (ImportError, OSError, RuntimeError) as error:  # an extension built for another torch raises any of these
+        except (
+            ImportError,
+            OSError,
+            RuntimeError,
+        ) as error:  # an extension built for another torch raises any of these
             return False, f"{package} does not import ({error})"
     return True, ""
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, left: Tensor | None = None, silu: bool = True) -> Tensor:
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, left: Tensor | None = None, silu: bool = True
+) -> Tensor:
     """Causal depthwise convolution, then SiLU (:func:`reference.conv`), by causal_conv1d_fn."""
     activation = "silu" if silu else None
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)

@@ -10,13 +10,16 @@ from torch import Tensor
 PAD = -1e4
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, left: Tensor | None = None, silu: bool = True) -> Tensor:
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, left: Tensor | None = None, silu: bool = True
+) -> Tensor:
     """Causal depthwise convolution, then SiLU: x [B, L, C], weight [C, K], bias [C], left [B, C, K-1] → [B, L, C]."""
     batch, length, channels = x.shape
     kernel = weight.shape[1]
     past = x.new_zeros(batch, kernel - 1, channels) if left is None else left.to(x.dtype).transpose(1, 2)
     padded = torch.cat([past, x], dim=1)
-    y = sum(padded[:, k : k + length] * weight[:, k].to(x.dtype) for k in range(kernel))
+    terms = [padded[:, k : k + length] * weight[:, k].to(x.dtype) for k in range(kernel)]
+    y = torch.stack(terms).sum(0)
     if bias is not None:
         y = y + bias.to(x.dtype)
     return F.silu(y) if silu else y
@@ -33,7 +36,7 @@ def selective_scan(
     dt_bias: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-1 scan: u, dt, z [B, L, D], A [D, N], B, C [B, L, N], state [B, D, N] → y [B, L, D], state (Mamba, alg. 2)."""
+    """Mamba-1 scan: u, dt, z [B, L, D], A [D, N], B, C [B, L, N], state [B, D, N] → y, state (Mamba, alg. 2)."""
     if state is None:
         state = u.new_zeros(u.shape[0], *A.shape)
     outputs = []
@@ -55,7 +58,7 @@ def selective_step(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
 ) -> Tensor:
-    """One token of :func:`selective_scan`: u, dt, z [B, D], B, C [B, N]; state [B, D, N] changes in place → y [B, D]."""
+    """One token of :func:`selective_scan`: u, dt, z [B, D], B, C [B, N], state [B, D, N] in place → y [B, D]."""
     new, y = _selective_step(state, u, dt, A, B, C, D, dt_bias)
     state.copy_(new)
     return y if z is None else y * F.silu(z)
@@ -72,7 +75,7 @@ def ssd(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-2 scan: x [B, L, H, P], dt [B, L, H], A [H], B, C [B, L, G, N], state [B, H, P, N] → y, state (Mamba-2, eq. 2)."""
+    """Mamba-2 scan: x [B, L, H, P], dt [B, L, H], A [H], B, C [B, L, G, N] → y, state [B, H, P, N] (Mamba-2, eq. 2)."""
     if state is None:
         state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
     outputs = []
@@ -93,7 +96,7 @@ def ssd_step(
     dt_bias: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> Tensor:
-    """One token of :func:`ssd`: x [B, H, P], dt [B, H], B, C [B, G, N]; state [B, H, P, N] changes in place → y [B, H, P]."""
+    """One token of :func:`ssd`: x [B, H, P], dt [B, H], B, C [B, G, N], state [B, H, P, N] in place → y [B, H, P]."""
     new, y = _ssd_step(state, x, dt, A, B, C, D, dt_bias, dt_limit)
     state.copy_(new)
     return y

@@ -56,7 +56,7 @@ def perplexity(
 ) -> Perplexity:
     """Scores every byte of every document once, in fixed windows of `length` tokens; at most `windows` of a document.
 
-    Each window is read after one end-of-text token, so its first token counts too and windows do not depend on one another.
+    Each window is read after one end-of-text token: its first token counts too, and windows are independent.
     Raises InputError for text that holds no token.
     """
     start = tokenizer.eos_token_id
@@ -111,7 +111,9 @@ def summarise(documents: Sequence[DocumentScore], length: int, seed: int = 0) ->
     )
 
 
-def paired_difference(a: Sequence[DocumentScore], b: Sequence[DocumentScore], seed: int = 0) -> tuple[float, float, float]:
+def paired_difference(
+    a: Sequence[DocumentScore], b: Sequence[DocumentScore], seed: int = 0
+) -> tuple[float, float, float]:
     """Bits per byte of b minus a on the same documents, with its paired 95 % bootstrap interval."""
     if [(d.sha256, d.tokens) for d in a] != [(d.sha256, d.tokens) for d in b]:
         raise InputError("The two results were not measured on the same documents.")

@@ -1,5 +1,6 @@
-"""A pruning step becomes edits: score every target's weight with what calibration saw, keep the best, go on to the next block."""
+"""A pruning step becomes edits: score each weight with what calibration saw, keep the best, go on to the next block."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from ssmcompress.arch.base import Arch
 from ssmcompress.calib.stats import Hessian, SquaredSum
 from ssmcompress.calib.walk import Walk
 from ssmcompress.edits import Edit, Mask, Replace, apply_edit
-from ssmcompress.events import Emit, ignore
+from ssmcompress.events import Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import masks, scores
 from ssmcompress.prune.sparsegpt import sparsegpt
 from ssmcompress.prune.targets import Target, targets
@@ -28,9 +29,9 @@ def find_edits(
     dtypes: Mapping[str, torch.dtype] | None = None,
     emit: Emit = ignore,
 ) -> list[Edit]:
-    """The edits of a step, which the model already has when this returns; windows [n, L] of token ids, none for magnitude.
+    """The edits of a step, already made to the model; windows [n, L] of token ids, which magnitude does not need.
 
-    New values are rounded to the dtype the checkpoint stores them in, so that applying the edits to it gives the same model.
+    New values are rounded to the dtype the checkpoint stores, so that applying the edits to it gives the same model.
     """
     chosen = targets(arch, step)
     dtypes = dtypes or {}
@@ -39,7 +40,8 @@ def find_edits(
     def edit(layer: int, block: nn.Module, statistics: Mapping[str, Any]) -> float:
         kept = total = 0
         for module, target in chosen.items():
-            name, weight = arch.weight(layer, module), block.mixer.get_submodule(module).weight.data
+            name = arch.weight(layer, module)
+            weight = block.get_parameter(f"mixer.{module}.weight").data
             values, keep = prune_weight(weight, step.method, target, statistics.get(module))
             made: list[Edit] = [Mask(name, keep)]
             if values is not weight:
@@ -50,9 +52,12 @@ def find_edits(
             kept, total = kept + int(keep.sum()), total + keep.numel()
         return kept / total
 
+    emit(Phase(f"pruning by {step.method}", arch.layers))
     if step.method == "magnitude":
         for layer, block in enumerate(arch.blocks(model)):
-            edit(layer, block, {})
+            started = time.perf_counter()
+            kept = edit(layer, block, {})
+            emit(LayerDone(layer, arch.layers, time.perf_counter() - started, kept=kept))
     else:
         assert windows is not None, f"{step.method} needs calibration"
         Walk(tuple(chosen), STATISTICS[step.method], edit).run(model, arch, windows, emit)
@@ -60,7 +65,7 @@ def find_edits(
 
 
 def prune_weight(weight: Tensor, method: str, target: Target, statistic: Any = None) -> tuple[Tensor, Tensor]:
-    """New values and kept entries of one weight: matrices [out, in], convolutions [C, 1, K] with their channels' norms [C]."""
+    """New values and kept entries of one weight, [out, in] or [C, 1, K] (whose statistic is by channel)."""
     if target.pattern is None and target.sparsity == 0:
         return weight, torch.ones_like(weight, dtype=torch.bool)
     if method == "sparsegpt":
@@ -72,4 +77,3 @@ def prune_weight(weight: Tensor, method: str, target: Target, statistic: Any = N
     else:
         keep = masks.unstructured(flat, target.sparsity, target.scope)
     return weight, keep.view_as(weight)
-

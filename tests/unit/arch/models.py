@@ -8,7 +8,14 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM
 
 from ssmcompress.arch.registry import arch_for
 
-SHARED = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+SHARED = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 STOCK = {"mamba": MambaForCausalLM, "falcon_mamba": FalconMambaForCausalLM, "mamba2": Mamba2ForCausalLM}
 CONFIGS = {
     "mamba": MambaConfig(**SHARED, state_size=5, initializer_range=0.02),

@@ -1,0 +1,143 @@
+"""What each way of pruning half of the weights costs the reference checkpoints, measured on the written folders.
+
+python evals/quality.py             the whole table, kept in evals/results/ (about ten minutes on two cores)
+python evals/quality.py --demo OUT  dense, magnitude and WANDA from folders that `make demo` has just written
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ssmcompress
+from ssmcompress.events import Emit, Note, Table, Terminal
+from ssmcompress.measure.perplexity import DocumentScore, paired_difference
+
+HERE = Path(__file__).parent
+MODELS = ("mamba", "mamba2")
+WAYS: dict[str, dict[str, Any]] = {
+    "magnitude 50 %": {"method": "magnitude"},
+    "magnitude 50 %, by row": {"method": "magnitude", "scope": "row"},
+    "WANDA 50 %": {"method": "wanda"},
+    "WANDA 50 %, recall in calibration": {"method": "wanda", "calib_mix": "recall"},
+    "WANDA 2:4": {"method": "wanda", "pattern": "2:4"},
+    "SparseGPT 50 %": {"method": "sparsegpt"},
+    "SparseGPT 2:4": {"method": "sparsegpt", "pattern": "2:4"},
+}
+RIVALS = ("magnitude 50 %", "magnitude 50 %, by row")
+COLUMNS = ("", "bits per byte", "against dense", "copy 20", "2 pairs", "4 pairs", "8 pairs")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A way of pruning and what evaluation of its folder found."""
+
+    way: str
+    summary: dict[str, Any]
+    documents: list[DocumentScore]
+
+
+def main() -> None:
+    """Measures, prints, and keeps the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--demo", type=Path)
+    folder = parser.parse_args().demo
+    with Terminal() as tell:
+        if folder:
+            demo(folder, tell)
+            return
+        results = {model: measure(model, tell) for model in MODELS}
+        for model, found in results.items():
+            tell(Table(f"ref:{model}", COLUMNS, tuple(rows(found))))
+            for sentence in verdicts(found):
+                tell(Note(sentence))
+    keep(results)
+
+
+def measure(model: str, tell: Emit) -> list[Measured]:
+    """Dense and every way of pruning one reference checkpoint, each evaluated from disk."""
+    found = [_evaluated("dense", f"ref:{model}")]
+    with tempfile.TemporaryDirectory() as work:
+        for i, (way, options) in enumerate(WAYS.items()):
+            folder = Path(work) / str(i)
+            ssmcompress.prune(f"ref:{model}", out=folder, no_eval=True, **options)
+            found.append(_evaluated(way, str(folder)))
+            tell(Note(f"ref:{model}, {way}: {found[-1].summary['bits_per_byte']:.4f} bits per byte"))
+    return found
+
+
+def rows(found: list[Measured]) -> list[tuple[str, ...]]:
+    """A line for each way: bits per byte, its paired change from dense with the 95 % interval, and memory."""
+    lines = []
+    for each in found:
+        change, low, high = paired_difference(found[0].documents, each.documents)
+        against = "" if each is found[0] else f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"
+        recall = {(probe["probe"], probe["load"]): probe for probe in each.summary["recall"]}
+        loads = (("copy", 20), ("key-value", 2), ("key-value", 4), ("key-value", 8))
+        memory = (f"{recall[load]['accuracy']:.1%}" for load in loads)
+        lines.append((each.way, f"{each.summary['bits_per_byte']:.4f}", against, *memory))
+    return lines
+
+
+def verdicts(found: list[Measured]) -> list[str]:
+    """WANDA against its rivals and the pattern against the free choice, each paired on the same documents."""
+    by_way = {each.way: each.documents for each in found}
+    pairs = [(rival, "WANDA 50 %") for rival in RIVALS] + [("WANDA 50 %", "WANDA 2:4")]
+    sentences = []
+    for first, second in pairs:
+        change, low, high = paired_difference(by_way[first], by_way[second])
+        sentences.append(f"{second} minus {first}: {change:+.4f} bits per byte [{low:+.4f}, {high:+.4f}].")
+    return sentences
+
+
+def keep(results: dict[str, list[Measured]]) -> None:
+    """Writes the summaries as JSON and the tables as Markdown."""
+    target = HERE / "results"
+    target.mkdir(exist_ok=True)
+    parts = []
+    for model, found in results.items():
+        content = {each.way: each.summary for each in found} | {"verdicts": verdicts(found)}
+        (target / f"quality-{model}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(found)]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append(f"### ref:{model}\n\n{table}\n\n" + "\n".join(f"- {each}" for each in verdicts(found)))
+    (target / "quality.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def demo(folder: Path, tell: Emit) -> None:
+    """The figures that `prune` measured before and after, of both checkpoints and both methods, in one table."""
+    lines = []
+    for model in MODELS:
+        runs = {
+            way: json.loads((folder / f"{model}-{way}" / "measured.json").read_text()) for way in ("magnitude", "wanda")
+        }
+        scores = {"dense": runs["magnitude"]["before"]} | {way: run["after"] for way, run in runs.items()}
+        for way, score in scores.items():
+            low, high = score["bits_per_byte_interval"]
+            interval = f"{score['bits_per_byte']:.4f} [{low:.3f}, {high:.3f}]"
+            lines.append((f"ref:{model}", way, f"{score['perplexity']:.2f}", interval))
+        change, low, high = paired_difference(*(_documents(run["after"]) for run in runs.values()))
+        tell(
+            Note(
+                f"ref:{model}: WANDA minus magnitude {change:+.4f} bits per byte, paired 95 % [{low:+.4f}, {high:+.4f}]"
+            )
+        )
+    tell(Table("half of the weights zero", ("model", "method", "token perplexity", "bits per byte"), tuple(lines)))
+
+
+def _evaluated(way: str, model: str) -> Measured:
+    with tempfile.TemporaryDirectory() as work:
+        ssmcompress.evaluate(model, recall=True, out=Path(work) / "results")
+        summary = json.loads((Path(work) / "results/summary.json").read_text())
+        lines = (Path(work) / "results/documents.jsonl").read_text().splitlines()
+    return Measured(way, summary, [DocumentScore(**json.loads(line)) for line in lines])
+
+
+def _documents(score: dict[str, Any]) -> list[DocumentScore]:
+    return [DocumentScore(**document) for document in score["documents"]]
+
+
+if __name__ == "__main__":
+    main()
