@@ -7,7 +7,8 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Mamba2Config, MambaConfig, PreTrainedModel
 
+from curriculum import COPIED, LOOKED_UP, TEXT, Curriculum
+from fast import TrainingBackend, VocabularyLoss
+from ssmcompress import kernels
+from ssmcompress.arch.base import use_backend
 from ssmcompress.arch.registry import arch_for
-from ssmcompress.measure.exercises import Vocabulary, stream
+from ssmcompress.measure.exercises import Vocabulary
 from ssmcompress.measure.recall import copy_probe, key_value_probe
+
+REPORT = 50  # steps between lines of the log
+MEASURE = 500  # steps between measurements
+SAVE_MINUTES = 3
 
 SHARED = {
     "vocab_size": 4096,
@@ -36,40 +45,59 @@ CONFIGS = {
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stretch of training: its share of exercises, their difficulty, and the shape of a batch."""
-
-    until: float  # minutes since the start
-    rows: int
-    length: int
-    exercises: float
-    words: int = 512
-    keys: int = 64
-    longest: int = 24
-
-
-@dataclass(frozen=True)
 class Settings:
     """How one checkpoint is trained; minutes count only time spent training, over all resumptions."""
 
     family: str
     minutes: float
-    memory_minutes: float = 14.0
-    memory_rate: float = 2e-3
-    rate: float = 3e-3
-    exercises: float = 0.12
+    memory_minutes: float = 15.0  # at most: text begins as soon as the curriculum is finished
+    memory_rate: float = 3e-3
+    rate: float = 2.5e-3
+    exercises: float = 0.15  # share of the rows once text has begun
+    unfinished_exercises: float = 0.3  # the same while the curriculum is not finished
+    first_shape: tuple[int, int] = (16, 64)  # rows, length while lists are short: few exercises a row, few stale bindings
+    memory_shape: tuple[int, int] = (8, 128)
+    shape: tuple[int, int] = (4, 512)
     warmup: int = 100
     weight_decay: float = 0.1
     seed: int = 0
 
-    def stage(self, minutes: float) -> Stage:
-        """Memory first, with few words and short lists, then with all; then text with a share of exercises."""
-        stages = (
-            Stage(0.6 * self.memory_minutes, 16, 64, 1.0, words=64, keys=16, longest=15),
-            Stage(self.memory_minutes, 8, 128, 1.0),
-            Stage(math.inf, 4, 512, self.exercises),
-        )
-        return next(stage for stage in stages if minutes < stage.until)
+
+@dataclass
+class Progress:
+    """How far a run has come: all that a resumption needs beside the weights and the optimiser."""
+
+    step: int = 0
+    minutes: float = 0.0
+    text_from: float | None = None
+    curriculum: Curriculum = field(default_factory=Curriculum)
+
+    def advance(self, settings: Settings, seconds: float) -> None:
+        """Counts one step and lets text begin when memory is learned or its time is up."""
+        self.step += 1
+        self.minutes += seconds / 60
+        if self.text_from is None and (self.curriculum.finished or self.minutes >= settings.memory_minutes):
+            self.text_from = self.minutes
+
+    def rate(self, settings: Settings) -> float:
+        """Warm-up, a constant rate while memory is taught, then a linear descent to zero at the last minute."""
+        warm = min(1.0, (self.step + 1) / settings.warmup)
+        if self.text_from is None:
+            return settings.memory_rate * warm
+        left = (settings.minutes - self.minutes) / (settings.minutes - self.text_from)
+        return settings.rate * warm * max(left, 0.0)
+
+    def shape(self, settings: Settings) -> tuple[int, int]:
+        """Rows and length of the next batch."""
+        if self.text_from is not None:
+            return settings.shape
+        return settings.first_shape if self.curriculum.levels[0] < 3 else settings.memory_shape
+
+    def share(self, settings: Settings) -> float:
+        """The share of rows that are exercises."""
+        if self.text_from is None:
+            return 1.0
+        return settings.exercises if self.curriculum.finished else settings.unfinished_exercises
 
 
 class Batches:
@@ -80,54 +108,54 @@ class Batches:
         self.text = np.fromfile(corpus / "train.bin", dtype=np.uint16)
         self.vocabulary = Vocabulary.of(tokenizer)
 
-    def at(self, step: int, stage: Stage) -> tuple[Tensor, Tensor]:
-        """Ids and targets [rows, length] of a step: they depend on step and seed alone, so that a resumed run sees the same."""
-        rows = [self._row(step * stage.rows + row, stage) for row in range(stage.rows)]
-        ids, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-        return ids, targets
+    def at(self, progress: Progress) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, targets and kinds of answer [rows, length]; kind -1 is not scored.
 
-    def _row(self, index: int, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+        They depend on the seed and the progress alone, so that a resumed run sees what an uncut one would.
+        """
+        settings = self.settings
+        rows, length = progress.shape(settings)
+        made = [self._row(progress, progress.step * rows + row, length) for row in range(rows)]
+        ids, kinds = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
+        return ids[:, :-1], ids[:, 1:], kinds[:, 1:]
+
+    def _row(self, progress: Progress, index: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.Generator(np.random.PCG64([self.settings.seed, index]))
-        if rng.random() < stage.exercises:
-            return self._exercises(int(rng.integers(2**31)), stage)
-        return self._text(index, stage.length)
+        if rng.random() < progress.share(self.settings):
+            ids, kinds = progress.curriculum.row(self.vocabulary, length, rng)
+            return ids, np.where(kinds == TEXT, -1, kinds)
+        ids = self._text(index, length)
+        return ids, np.full(len(ids), TEXT)
 
-    def _text(self, index: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def _text(self, index: int, length: int) -> np.ndarray:
         windows = (len(self.text) - 1) // length
         lap, place = divmod(index, windows)
-        order = np.random.Generator(np.random.PCG64([self.settings.seed, 7, lap])).permutation(windows)
+        order = self._order(lap, windows)
         start = int(order[place]) * length
-        row = self.text[start : start + length + 1].astype(np.int64)
-        return row[:-1], row[1:]
+        return self.text[start : start + length + 1].astype(np.int64)
 
-    def _exercises(self, seed: int, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
-        ids, answers = [0], [False]
-        made = stream(self.vocabulary.narrowed(stage.words, stage.keys), seed, stage.longest)
-        while len(ids) <= stage.length:
-            exercise = next(made)
-            ids += [*exercise.ids.tolist(), 0]
-            answers += [*exercise.answers.tolist(), False]
-        targets = np.where(answers, ids, -100)
-        return np.array(ids[: stage.length]), targets[1 : stage.length + 1]
+    @lru_cache(maxsize=2)  # noqa: B019
+    def _order(self, lap: int, windows: int) -> np.ndarray:
+        return np.random.Generator(np.random.PCG64([self.settings.seed, 7, lap])).permutation(windows)
 
 
 def initialise(model: PreTrainedModel) -> None:
-    """Unit-variance projections, and steps and decays that make a state readable from the start.
+    """Residual projections scaled down by depth; Mamba-2 also gets steps and decays that make its state readable at once.
 
-    The published initialisation writes to the state with steps of 0.001 to 0.1: its read-out then starts a hundredfold below
-    the skip path, and recall takes long to appear. Here steps are 0.05 to 0.5 and memories last 2 to 1,000 tokens.
+    Published Mamba-2 steps start at 0.001 to 0.1, so that the read-out lies far below the skip path and recall is long in coming;
+    here they are 0.05 to 0.5 and memories last 2 to 1,000 tokens. Mamba-1 learned recall faster from the published start.
     """
     config = model.config
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("in_proj.weight", "x_proj.weight")):
-                weight.normal_(0, weight.shape[1] ** -0.5)
-            elif name.endswith("out_proj.weight"):
+            if name.endswith("out_proj.weight"):
                 weight.div_(math.sqrt(config.num_hidden_layers))
-            elif name.endswith(("dt_bias", "dt_proj.bias")):
+            elif config.model_type == "mamba2" and name.endswith("in_proj.weight"):
+                weight.normal_(0, weight.shape[1] ** -0.5)
+            elif name.endswith("dt_bias"):
                 step = torch.empty_like(weight).uniform_(math.log(0.05), math.log(0.5)).exp()
                 weight.copy_(step + torch.log(-torch.expm1(-step)))
-            elif name.endswith("A_log"):
+            elif config.model_type == "mamba2" and name.endswith("A_log"):
                 weight.copy_(torch.empty_like(weight).uniform_(math.log(0.02), 0))
 
 
@@ -138,15 +166,6 @@ def optimiser(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     others = [p for p in model.parameters() if id(p) not in kept]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.95), fused=True)
-
-
-def rate(settings: Settings, step: int, minutes: float) -> float:
-    """Warm-up, a constant rate while memory is taught, then a linear descent to zero at the last minute."""
-    warm = min(1.0, (step + 1) / settings.warmup)
-    if minutes < settings.memory_minutes:
-        return settings.memory_rate * warm
-    left = (settings.minutes - minutes) / (settings.minutes - settings.memory_minutes)
-    return settings.rate * warm * max(left, 0.0)
 
 
 @torch.no_grad()
@@ -166,10 +185,12 @@ def bits_per_byte(model: nn.Module, corpus: Path, split: str, windows: int) -> f
 def measure(model: nn.Module, batches: Batches, corpus: Path) -> dict[str, float]:
     """Validation bits per byte and the memory probes at a few loads, with seeds of their own."""
     model.eval()
+    use_backend(model, kernels.AUTO)
     found = {"valid_bits_per_byte": bits_per_byte(model, corpus, "valid", 24)}
     found["copy_20"] = copy_probe(model, batches.vocabulary, 20, 64, seed=10_001).accuracy
     for pairs in (2, 4, 8):
         found[f"pairs_{pairs}"] = key_value_probe(model, batches.vocabulary, pairs, 128, seed=10_001).accuracy
+    use_backend(model, TrainingBackend())
     model.train()
     return found
 
@@ -182,58 +203,66 @@ def train(settings: Settings, corpus: Path, work: Path) -> None:
     batches = Batches(settings, corpus, AutoTokenizer.from_pretrained(corpus / "tokenizer"))
     model = arch_for(CONFIGS[settings.family]).build("cpu").train()
     initialise(model)
+    use_backend(model, TrainingBackend())
     adam = optimiser(model, settings)
-    step, minutes = resume(work, model, adam)
+    progress = resume(work, model, adam)
     log = (work / "log.jsonl").open("a")
-    total, seen, saved = 0.0, 0, minutes
-    while minutes < settings.minutes:
+    saved, since, total = progress.minutes, progress.step, torch.zeros(())
+    while progress.minutes < settings.minutes:
         started = time.perf_counter()
-        ids, targets = batches.at(step, settings.stage(minutes))
-        total += update(model, adam, ids, targets, rate(settings, step, minutes))
-        seen, step = seen + 1, step + 1
-        minutes += (time.perf_counter() - started) / 60
-        if step % 250 == 0 or minutes >= settings.minutes:
-            entry = {"step": step, "minutes": round(minutes, 2), "loss": round(total / seen, 4)}
-            entry |= {k: round(v, 4) for k, v in measure(model, batches, corpus).items()}
+        total += update(model, adam, batches, progress)
+        progress.advance(settings, time.perf_counter() - started)
+        over = progress.minutes >= settings.minutes
+        if progress.step % REPORT == 0 or over:
+            entry = {"step": progress.step, "minutes": round(progress.minutes, 2)}
+            entry |= {"loss": round(float(total) / (progress.step - since), 4), **asdict(progress.curriculum)}
+            if progress.step % MEASURE == 0 or over:
+                entry |= {k: round(v, 4) for k, v in measure(model, batches, corpus).items()}
             log.write(json.dumps(entry) + "\n")
             log.flush()
-            total, seen = 0.0, 0
-        if minutes - saved > 3 or minutes >= settings.minutes:
-            save(work, model, adam, step, minutes)
-            saved = minutes
-    (work / "settings.json").write_text(json.dumps(asdict(settings) | {"steps": step}, indent=2) + "\n")
+            since, total = progress.step, torch.zeros(())
+        if progress.minutes - saved > SAVE_MINUTES or over:
+            save(work, model, adam, progress)
+            saved = progress.minutes
+    (work / "settings.json").write_text(json.dumps(asdict(settings) | {"steps": progress.step}, indent=2) + "\n")
 
 
-def update(model: nn.Module, adam: torch.optim.Optimizer, ids: Tensor, targets: Tensor, rate: float) -> float:
-    """One optimiser step in bfloat16 autocast with float32 weights; targets of -100 do not count."""
+def update(model: nn.Module, adam: torch.optim.Optimizer, batches: Batches, progress: Progress) -> Tensor:
+    """One optimiser step in bfloat16 autocast with float32 weights; returns the loss."""
+    ids, targets, kinds = batches.at(progress)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.backbone(ids, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[targets != -100])
-    loss: Tensor = nn.functional.cross_entropy(logits.float(), targets[targets != -100])
+    scored = kinds >= 0
+    loss, right = VocabularyLoss.apply(hidden[scored], model.lm_head.weight, targets[scored])
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in adam.param_groups:
-        group["lr"] = rate
+        group["lr"] = progress.rate(batches.settings)
     adam.step()
     adam.zero_grad()
-    return float(loss.detach())
+    for kind in (LOOKED_UP, COPIED):
+        answers = right[kinds[scored] == kind]
+        if len(answers):
+            progress.curriculum.graded(kind, float(answers.float().mean()))
+    return loss.detach()
 
 
-def save(work: Path, model: nn.Module, adam: torch.optim.Optimizer, step: int, minutes: float) -> None:
+def save(work: Path, model: nn.Module, adam: torch.optim.Optimizer, progress: Progress) -> None:
     """Writes everything a resumption needs, whole or not at all."""
-    state = {"model": model.state_dict(), "adam": adam.state_dict(), "step": step, "minutes": minutes}
+    state = {"model": model.state_dict(), "adam": adam.state_dict(), "progress": asdict(progress)}
     torch.save(state, work / "state.partial")
     (work / "state.partial").replace(work / "state.pt")
 
 
-def resume(work: Path, model: nn.Module, adam: torch.optim.Optimizer) -> tuple[int, float]:
-    """Step and minutes to go on from: zero where nothing was saved."""
+def resume(work: Path, model: nn.Module, adam: torch.optim.Optimizer) -> Progress:
+    """Where to go on from: the start, where nothing was saved."""
     if not (work / "state.pt").exists():
-        return 0, 0.0
+        return Progress()
     state = torch.load(work / "state.pt", weights_only=True)
     model.load_state_dict(state["model"])
     adam.load_state_dict(state["adam"])
-    return state["step"], state["minutes"]
+    kept = state["progress"]
+    return Progress(**{**kept, "curriculum": Curriculum(**kept["curriculum"])})
 
 
 def main() -> None:
