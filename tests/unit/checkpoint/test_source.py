@@ -34,7 +34,10 @@ def test_logits_equal_stock(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(checkpoint.model, ids), logits(stock, ids), atol=1e-5, rtol=0)
     assert checkpoint.source.layout == "hf" and checkpoint.source.label == tmp_path.name
     assert not checkpoint.model.training and checkpoint.tokenizer is None
-    assert not any(tensor.is_meta for tensor in [*checkpoint.model.parameters(), *checkpoint.model.buffers()])
+    assert not any(parameter.is_meta for parameter in checkpoint.model.parameters())
+    buffers = dict(checkpoint.model.named_buffers())
+    assert buffers.keys() == dict(stock.named_buffers()).keys()
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in stock.named_buffers())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -72,6 +75,7 @@ def test_rescaled_residuals_are_not_divided_again(name: str, tmp_path: Path) -> 
     spoilt = AutoModelForCausalLM.from_pretrained(tmp_path / "in").state_dict()[OUT_PROJ]
     torch.testing.assert_close(spoilt, stock.state_dict()[OUT_PROJ] / 2**0.5)  # the bug of stock this guards against
     checkpoint = load(str(tmp_path / "in"))
+    assert checkpoint.model.config.rescale_prenorm_residual is False
     assert torch.equal(checkpoint.model.state_dict()[OUT_PROJ], stock.state_dict()[OUT_PROJ])
     (tmp_path / "out").mkdir()
     write(checkpoint, tmp_path / "out")
