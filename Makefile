@@ -15,6 +15,7 @@ demo: $(READY)
 	for model in mamba mamba2; do for method in magnitude wanda; do \
 	  $(BIN)/ssmcompress prune ref:$$model --method $$method --sparsity 0.5 --out out/$$model-$$method --overwrite || exit; \
 	done; done
+	$(BIN)/python evals/quality.py --demo out
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
