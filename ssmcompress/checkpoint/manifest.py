@@ -20,7 +20,7 @@ from ssmcompress.checkpoint.verify import Verification
 from ssmcompress.errors import InputError
 
 NAME = "ssmcompress.json"
-TIMED = ("events.jsonl", "measured.json")  # they hold times and speeds, so no hash of them is kept
+UNHASHED = (NAME, "README.md", "events.jsonl", "measured.json")  # itself, what is written from it, what holds times
 
 
 class Record(BaseModel):
@@ -67,7 +67,7 @@ class VerificationRecord(Record):
 
 
 class Manifest(Record):
-    """Everything but the times; `files` holds the SHA-256 of every file beside it."""
+    """Everything but the times; `files` holds the SHA-256 of the files beside it (:func:`hashes`)."""
 
     schema_version: Literal[1] = 1
     verb: str
@@ -147,10 +147,10 @@ def changed(folder: Path) -> list[str]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a folder by its relative name, but for the manifest itself and what holds times."""
+    """The SHA-256 of every file of a folder by its relative name, but for manifest, card, events and times."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     names = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: sha256(path) for name, path in names.items() if name != NAME and name not in TIMED}
+    return {name: sha256(path) for name, path in names.items() if name not in UNHASHED}
 
 
 def sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ssmcompress import kernels
+from ssmcompress import kernels, reference
 from ssmcompress.arch.base import Arch, use_backend
 from ssmcompress.arch.registry import arch_for, family
 from ssmcompress.checkpoint import hub, layout
@@ -99,8 +99,6 @@ class Checkpoint:
 def resolve(model: str) -> Source:
     """Finds a model, fetching it where it lies on the hub: InputError, or ResourceError when it cannot be fetched."""
     if model.startswith("ref:"):
-        from ssmcompress import reference
-
         return _source(model, reference.folder(model.removeprefix("ref:")))
     folder = Path(model).expanduser()
     if folder.is_dir():

@@ -59,7 +59,7 @@ def test_same_folder_same_bytes(tmp_path: Path) -> None:
 
 def test_changed_files_are_found(tmp_path: Path) -> None:
     save("mamba", tmp_path)
-    written(tmp_path)
+    card.write(tmp_path, title="T", summary="S.", manifest=written(tmp_path))
     assert manifest.changed(tmp_path) == []
     (tmp_path / "measured.json").write_text("{}")
     assert manifest.changed(tmp_path) == []

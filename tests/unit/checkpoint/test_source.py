@@ -1,9 +1,7 @@
 """Loading: the right logits, the stored bits, no code run, and a clear sentence for everything that is wrong."""
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,12 +128,13 @@ def test_code_in_the_folder_never_runs(tmp_path: Path) -> None:
 
 def test_backend_and_reference_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save("mamba", tmp_path)
-    package = SimpleNamespace(folder=lambda name: tmp_path if name == "mamba" else None)
-    monkeypatch.setitem(sys.modules, "ssmcompress.reference", package)  # type: ignore[arg-type]
-    monkeypatch.setattr("ssmcompress.reference", package, raising=False)
-    checkpoint = load("ref:mamba", backend="reference")
-    assert checkpoint.source.label == "ref:mamba"
+    monkeypatch.setattr(source.reference, "HERE", tmp_path.parent)
+    checkpoint = load(f"ref:{tmp_path.name}", backend="reference")
+    assert checkpoint.source.label == f"ref:{tmp_path.name}"
     assert checkpoint.model.backbone.layers[1].mixer.backend.name == "reference"
+    with pytest.raises(InputError) as caught:
+        resolve(f"ref:{tmp_path.name[:-1]}")
+    assert f"Did you mean ref:{tmp_path.name}?" in caught.value.hint
 
 
 def refused(folder: Path, error: type[SsmcompressError], *said: str) -> None:
