@@ -63,7 +63,7 @@ def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     diagonal = hessian.diagonal()
     live = diagonal != 0
     mean = diagonal[live].mean() if bool(live.any()) else hessian.new_ones(())
-    diagonal[~live] = mean
+    diagonal[~live] = 1
     for attempt in range(RETRIES):
         diagonal += damp * mean * 10**attempt
         lower, failed = torch.linalg.cholesky_ex(hessian)

@@ -92,7 +92,7 @@ def test_short_documents_are_joined_by_the_end_of_text(tmp_path):
 @pytest.mark.parametrize("count", [5, 6, 100])
 def test_text_that_holds_no_more_than_asked_for_is_used_in_order_and_whole(tmp_path, count):
     found = draw(write(tmp_path / "a.jsonl", LONG[0], "xyz", LONG[1][:5]), count=count, length=10)
-    assert "".join(texts(found)) == f"{LONG[0]}<end>xyz<end>{LONG[1][:5]}"[: 4 * 10 + 2 * 4 + 10]
+    assert "".join(texts(found)) == f"{LONG[0]}<end>xyz<end>{LONG[1][:5]}"
     assert found.ids.shape == (5, 10)
 
 
@@ -100,12 +100,26 @@ def test_a_plain_text_gives_windows_that_do_not_overlap(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"{i:04}" for i in range(500)))
     found = draw(str(tmp_path / "a.txt"), count=30, length=40)
     assert found.documents == 1 and found.ids.shape == (30, 40)
-    places = [(tmp_path / "a.txt").read_text().index(crop) for crop in texts(found)]
+    everything = (tmp_path / "a.txt").read_text()
+    places = [everything.index(crop) for crop in texts(found)]
     assert all(later - place >= 40 for place, later in pairwise(places))
+    assert places[-1] > 1600  # drawn from all of it, not from its start
     assert torch.equal(
         draw(str(tmp_path / "a.txt"), count=50, length=40).ids.flatten(),
         TOKENIZER((tmp_path / "a.txt").read_text(), return_tensors="pt")["input_ids"].flatten(),
     )
+
+
+def test_windows_of_a_plain_text_start_anywhere(tmp_path):
+    (tmp_path / "a.txt").write_text("0123456789" * 20 + "0123456")
+    starts = {texts(draw(str(tmp_path / "a.txt"), count=2, length=10, seed=seed))[0][0] for seed in range(60)}
+    assert starts == set("01234567")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_as_many_documents_as_windows_are_used_in_order(tmp_path, seed):
+    found = draw(write(tmp_path / "a.jsonl", "0123456789", "abcdefghij"), count=2, length=10, seed=seed)
+    assert texts(found) == ["0123456789", "<end>abcdefghi"]
 
 
 def test_a_share_of_the_windows_comes_from_the_extra_texts(tmp_path):

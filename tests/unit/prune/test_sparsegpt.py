@@ -103,6 +103,15 @@ def test_inputs_that_are_always_zero_lose_their_weights_and_change_nothing_else(
     assert not keep[:, [3, 17]].any()
 
 
+def test_inputs_that_are_always_zero_do_not_change_the_damping():
+    matrix, weight = 1e-6 * hessian(correlated(100, 28)), torch.randn(5, 28)
+    matrix[24:] = matrix[:, 24:] = 0
+    values, keep = sparsegpt(weight, matrix, pattern=(2, 4))
+    alone, kept = sparsegpt(weight[:, :24], matrix[:24, :24], pattern=(2, 4))
+    assert torch.equal(keep[:, :24], kept)
+    assert torch.allclose(values[:, :24], alone, atol=1e-5)
+
+
 def test_fewer_tokens_than_inputs_are_enough():
     values, keep = sparsegpt(torch.randn(4, 64), hessian(correlated(8, 64)), sparsity=0.5)
     assert values.isfinite().all()
