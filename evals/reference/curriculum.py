@@ -49,7 +49,7 @@ class Curriculum:
         level = top if rng.random() < 0.7 else int(rng.integers(0, top + 1))
         if kind == LOOKED_UP:
             keys, most = RECALL[level]
-            pairs = int(rng.integers(2, most + 1))
-            return key_value(vocabulary, pairs, 3 * pairs, rng, keys)
+            pairs = int(rng.integers(max(2, most // 3), most + 1))
+            return key_value(vocabulary, pairs, 3 * pairs, rng, keys, last_first=True)
         words, longest = COPYING[level]
         return copying(vocabulary, int(rng.integers(max(2, longest // 3), longest + 1)), rng, words)

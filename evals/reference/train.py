@@ -58,7 +58,7 @@ class Settings:
     first_shape: tuple[int, int] = (16, 64)  # rows, length while lists are short: few exercises a row, few stale bindings
     memory_shape: tuple[int, int] = (8, 128)
     shape: tuple[int, int] = (4, 512)
-    warmup: int = 100
+    warmup: int = 50
     weight_decay: float = 0.1
     seed: int = 0
 
@@ -140,22 +140,22 @@ class Batches:
 
 
 def initialise(model: PreTrainedModel) -> None:
-    """Residual projections scaled down by depth; Mamba-2 also gets steps and decays that make its state readable at once.
+    """Unit-variance projections, and steps and decays that make a state readable from the start.
 
-    Published Mamba-2 steps start at 0.001 to 0.1, so that the read-out lies far below the skip path and recall is long in coming;
-    here they are 0.05 to 0.5 and memories last 2 to 1,000 tokens. Mamba-1 learned recall faster from the published start.
+    The published initialisation writes to the state with steps of 0.001 to 0.1: its read-out then starts far below the skip
+    path, and recall takes long to appear. Here steps are 0.05 to 0.5 and memories last 2 to 1,000 tokens.
     """
     config = model.config
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("out_proj.weight"):
                 weight.div_(math.sqrt(config.num_hidden_layers))
-            elif config.model_type == "mamba2" and name.endswith("in_proj.weight"):
+            elif name.endswith(("in_proj.weight", "x_proj.weight")):
                 weight.normal_(0, weight.shape[1] ** -0.5)
-            elif name.endswith("dt_bias"):
+            elif name.endswith(("dt_bias", "dt_proj.bias")):
                 step = torch.empty_like(weight).uniform_(math.log(0.05), math.log(0.5)).exp()
                 weight.copy_(step + torch.log(-torch.expm1(-step)))
-            elif config.model_type == "mamba2" and name.endswith("A_log"):
+            elif name.endswith("A_log"):
                 weight.copy_(torch.empty_like(weight).uniform_(math.log(0.02), 0))
 
 

@@ -59,16 +59,23 @@ def copying(vocabulary: Vocabulary, length: int, rng: np.random.Generator, words
 
 
 def key_value(
-    vocabulary: Vocabulary, pairs: int, queries: int, rng: np.random.Generator, keys: int = KEYS
+    vocabulary: Vocabulary,
+    pairs: int,
+    queries: int,
+    rng: np.random.Generator,
+    keys: int = KEYS,
+    last_first: bool = False,
 ) -> Exercise:
     """`k₁ v₁ ⏎ … kₙ vₙ ⏎ = ⏎`, then `k v ⏎` for each query: 3·(pairs + queries) + 2 tokens.
 
-    Keys and values are drawn without replacement from the first `keys` of each; the first query is never the last pair.
+    Keys and values are drawn without replacement from the first `keys` of each. The first query is never the last pair, which
+    a short memory would find, unless `last_first` allows it.
     """
     key = rng.choice(vocabulary.keys[:keys], pairs, replace=False)
     value = rng.choice(vocabulary.values[:keys], pairs, replace=False)
     asked = rng.integers(0, pairs, queries)
-    asked[:1] = rng.integers(0, max(pairs - 1, 1))
+    if not last_first:
+        asked[:1] = rng.integers(0, max(pairs - 1, 1))
 
     def lines(order: np.ndarray) -> np.ndarray:
         return np.stack([key[order], value[order], np.full(len(order), vocabulary.newline)], axis=1).ravel()
