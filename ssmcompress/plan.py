@@ -39,9 +39,9 @@ def plan(model: str, *, emit: Emit = ignore, **options: Unpack[PruneOptions]) ->
     chosen = targets(arch, recipe.steps[0])
     shapes = {name: weights.shape(name) for name in weights}
     expected = {
-        arch.weight(layer, module): expected_kept(shapes[arch.weight(layer, module)], module, target)
-        for layer in range(arch.layers)
+        name: expected_kept(shapes[name], module, target)
         for module, target in chosen.items()
+        for name in names(arch, module)
     }
     records = records_of(arch, shapes, expected)
     zeros = sum(
@@ -56,6 +56,13 @@ def plan(model: str, *, emit: Emit = ignore, **options: Unpack[PruneOptions]) ->
     )
     _tell(found, emit)
     return found
+
+
+def names(arch: Arch, module: str) -> list[str]:
+    """The tensor names of one kind of module."""
+    if module in arch.outer:
+        return [arch.outer_weight(module)]
+    return [arch.weight(layer, module) for layer in range(arch.layers)]
 
 
 def expected_kept(shape: torch.Size, module: str, target: Target) -> float:

@@ -47,7 +47,7 @@ class Prune(_Strict):
     def _pattern(cls, value: str | None) -> str | None:
         if value is not None:
             n, _, m = value.partition(":")
-            if not (n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
+            if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
                 raise ValueError("must be N:M, N of every M inputs kept, with 0 < N < M (2:4)")
         return value
 

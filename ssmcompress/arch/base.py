@@ -55,6 +55,7 @@ class Arch(ABC):
 
     model_type: str
     prunable: tuple[str, ...]
+    outer: tuple[str, ...] = ("embeddings", "lm_head")  # outside the blocks: pruned only when asked for by name
     hookless: tuple[str, ...]  # weights a forward hook on their module never sees, or that have no module
     fixed: tuple[str, ...]  # weights kept on purpose: a few values a channel or head that set the dynamics
 
@@ -100,6 +101,15 @@ class Arch(ABC):
     def weight(self, layer: int, module: str) -> str:
         """The tensor name of a prunable module's weight."""
         return f"{self.prefix(layer)}mixer.{module}.weight"
+
+    def outer_weight(self, module: str) -> str:
+        """The tensor name of the embeddings or the head, which is the embeddings' where the two are tied."""
+        tied = module == "embeddings" or self.config.tie_word_embeddings
+        return "backbone.embeddings.weight" if tied else "lm_head.weight"
+
+    def final_norm(self, model: nn.Module) -> nn.Module:
+        """The norm before the head."""
+        return model.get_submodule("backbone.norm_f")
 
     def kept_on_purpose(self, name: str) -> bool:
         """Whether pruning leaves this tensor dense by design: biases, norms, embeddings and the state's dynamics."""

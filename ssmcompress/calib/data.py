@@ -21,7 +21,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ssmcompress.errors import InputError, ResourceError
-from ssmcompress.measure.text import shipped
 
 SHIPPED = "calibration.jsonl"
 LINES = frozenset({".jsonl", ".ndjson", ".json"})
@@ -72,6 +71,15 @@ def windows(
         ids = torch.from_numpy(np.concatenate(parts))
         _remember(file, ids)
     return Windows(ids, _sha256(ids), name, len(texts))
+
+
+def shipped(name: str) -> Path:
+    """A data file that comes with the package: beside it in a wheel, in `evals/data` of a checkout."""
+    package = Path(__file__).parent.parent
+    for folder in (package / "_data", package.parent / "evals" / "data"):
+        if (folder / name).exists():
+            return folder / name
+    raise InputError(f"The shipped text {name} is missing.", hint="Install ssmcompress again.")
 
 
 def documents(

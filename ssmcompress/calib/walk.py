@@ -17,7 +17,7 @@ from ssmcompress.calib.taps import observe
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.events import Emit, LayerDone, ignore
 
-EditBlock = Callable[[int, nn.Module, Mapping[str, Moment]], float]
+EditBlock = Callable[[int, nn.Module, Mapping[str, Moment]], float | None]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,10 @@ class Walk:
     batch: int = 8
 
     @torch.no_grad()
-    def run(self, model: nn.Module, arch: Arch, windows: Tensor, emit: Emit = ignore) -> None:
+    def run(self, model: nn.Module, arch: Arch, windows: Tensor, emit: Emit = ignore) -> list[Tensor]:
         """Walks windows [n, L] of token ids through the model; `edit` changes each block and returns its kept share.
+
+        Returns the residual stream after the last block, in batches [b, L, d].
 
         Raises UnsupportedError where a module's tap never fired: pruning blindly would be worse than not pruning.
         """
@@ -39,14 +41,15 @@ class Walk:
         hidden = [embed(ids).float() for ids in windows.split(self.batch)]
         for layer, block in enumerate(arch.blocks(model)):
             started = time.perf_counter()
-            statistics = self._observe(layer, block, hidden)
-            dense = block(hidden[0])
+            statistics, dense = self._observe(layer, block, hidden)
             kept = self.edit(layer, block, statistics)
             hidden = [block(rows) for rows in hidden]
             error = float((hidden[0] - dense).norm() / dense.norm())
             emit(LayerDone(layer, arch.layers, time.perf_counter() - started, error, kept))
+        return hidden
 
-    def _observe(self, layer: int, block: nn.Module, hidden: list[Tensor]) -> dict[str, Moment]:
+    def _observe(self, layer: int, block: nn.Module, hidden: list[Tensor]) -> tuple[dict[str, Moment], Tensor]:
+        """What the dense block's modules take in, and the block's output of the first batch."""
         statistics: dict[str, Moment] = {}
 
         def watch(module: str, x: Tensor) -> None:
@@ -55,10 +58,8 @@ class Walk:
                     statistics[module] = self.collect(x.shape[-1])
                 statistics[module].add(x)
 
-        if self.modules:
-            with observe(cast(Mixer, block.mixer), watch):
-                for rows in hidden:
-                    block(rows)
+        with observe(cast(Mixer, block.mixer), watch):
+            outputs = [block(rows) for rows in (hidden if self.modules else hidden[:1])]
         silent = [module for module in self.modules if module not in statistics]
         if silent:
             raise UnsupportedError(
@@ -67,4 +68,4 @@ class Walk:
             )
         for module, statistic in statistics.items():
             statistic.require_fired(f"{module} of layer {layer}")
-        return statistics
+        return statistics, outputs[0]

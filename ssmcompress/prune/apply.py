@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmcompress.arch.base import Arch
-from ssmcompress.calib.stats import Hessian, SquaredSum
+from ssmcompress.calib.stats import Hessian, Moment, SquaredSum
 from ssmcompress.calib.walk import Walk
 from ssmcompress.edits import Edit, Mask, Replace, apply_edit
 from ssmcompress.events import Emit, LayerDone, Phase, ignore
@@ -33,35 +33,60 @@ def find_edits(
 
     New values are rounded to the dtype the checkpoint stores, so that applying the edits to it gives the same model.
     """
-    chosen = targets(arch, step)
-    dtypes = dtypes or {}
-    found: list[Edit] = []
-
-    def edit(layer: int, block: nn.Module, statistics: Mapping[str, Any]) -> float:
-        kept = total = 0
-        for module, target in chosen.items():
-            name = arch.weight(layer, module)
-            weight = block.get_parameter(f"mixer.{module}.weight").data
-            values, keep = prune_weight(weight, step.method, target, statistics.get(module))
-            made: list[Edit] = [Mask(name, keep)]
-            if values is not weight:
-                made.insert(0, Replace(name, values.to(dtypes.get(name, weight.dtype))))
-            for each in made:
-                apply_edit(each, weight)
-            found.extend(made)
-            kept, total = kept + int(keep.sum()), total + keep.numel()
-        return kept / total
-
+    pruner = _Pruner(arch, step, dtypes or {})
     emit(Phase(f"pruning by {step.method}", arch.layers))
+    head: Moment | None = None
     if step.method == "magnitude":
         for layer, block in enumerate(arch.blocks(model)):
             started = time.perf_counter()
-            kept = edit(layer, block, {})
+            kept = pruner.block(layer, block, {})
             emit(LayerDone(layer, arch.layers, time.perf_counter() - started, kept=kept))
     else:
         assert windows is not None, f"{step.method} needs calibration"
-        Walk(tuple(chosen), STATISTICS[step.method], edit).run(model, arch, windows, emit)
-    return found
+        collect = STATISTICS[step.method]
+        hidden = Walk(pruner.inner, collect, pruner.block).run(model, arch, windows, emit)
+        head = collect(hidden[0].shape[-1])
+        for rows in hidden:
+            head.add(arch.final_norm(model)(rows))
+    for module in pruner.outer:
+        name = arch.outer_weight(module)
+        pruner.weight(name, model.get_parameter(name).data, module, head)
+    return pruner.found
+
+
+class _Pruner:
+    """Makes a step's edits one weight at a time, and gathers them."""
+
+    def __init__(self, arch: Arch, step: Prune, dtypes: Mapping[str, torch.dtype]) -> None:
+        self.arch, self.method, self.dtypes = arch, step.method, dtypes
+        self.targets = targets(arch, step)
+        self.inner = tuple(module for module in self.targets if module in arch.prunable)
+        self.outer = tuple(module for module in self.targets if module in arch.outer)
+        self.found: list[Edit] = []
+
+    def block(self, layer: int, block: nn.Module, statistics: Mapping[str, Moment]) -> float | None:
+        """Prunes the targets of one block; returns the share of their entries that stays, None without targets."""
+        counts = [
+            self.weight(
+                self.arch.weight(layer, module),
+                block.get_parameter(f"mixer.{module}.weight").data,
+                module,
+                statistics.get(module),
+            )
+            for module in self.inner
+        ]
+        return sum(kept for kept, _ in counts) / sum(total for _, total in counts) if counts else None
+
+    def weight(self, name: str, weight: Tensor, module: str, statistic: Moment | None) -> tuple[int, int]:
+        """Prunes one weight in place; returns how many entries stay, and of how many."""
+        values, keep = prune_weight(weight, self.method, self.targets[module], statistic)
+        made: list[Edit] = [Mask(name, keep)]
+        if values is not weight:
+            made.insert(0, Replace(name, values.to(self.dtypes.get(name, weight.dtype))))
+        for edit in made:
+            apply_edit(edit, weight)
+        self.found += made
+        return int(keep.sum()), keep.numel()
 
 
 def prune_weight(weight: Tensor, method: str, target: Target, statistic: Any = None) -> tuple[Tensor, Tensor]:

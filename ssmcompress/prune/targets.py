@@ -19,19 +19,27 @@ class Target:
 
 
 def targets(arch: Arch, step: Prune) -> dict[str, Target]:
-    """The modules of every block that the step prunes, the projections unless it says otherwise.
+    """The modules that the step prunes: every block's projections unless it says otherwise.
 
     Raises InputError for a module this family does not have, UnsupportedError for a method a module has no form of.
     """
+    known = (*arch.prunable, *arch.outer)
     for name in (*step.include, *step.exclude, *step.modules):
-        if name not in arch.prunable:
-            near = get_close_matches(name, arch.prunable, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Choose from {', '.join(arch.prunable)}."
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Choose from {', '.join(known)}."
             raise InputError(f"{arch.model_type} has no prunable module {name!r}.", hint=hint)
     wanted = step.include or tuple(dict.fromkeys((*arch.projections, *step.modules)))
-    chosen = [name for name in arch.prunable if name in wanted and name not in step.exclude]
+    chosen = [name for name in known if name in wanted and name not in step.exclude]
     if not chosen:
-        raise InputError("Nothing is left to prune.", hint=f"Choose from {', '.join(arch.prunable)}.")
+        raise InputError("Nothing is left to prune.", hint=f"Choose from {', '.join(known)}.")
+    if "embeddings" in chosen and step.method != "magnitude":
+        raise UnsupportedError(
+            f"{step.method} has no form for the embeddings: they are looked up, not multiplied.",
+            hint="Use --method magnitude, or --include lm_head, which is the same weight where the two are tied.",
+        )
+    if {"embeddings", "lm_head"} <= set(chosen) and arch.config.tie_word_embeddings:
+        raise InputError("embeddings and lm_head are one tied weight.", hint="Include one of them.")
     if step.method == "sparsegpt" and "conv1d" in chosen:
         raise UnsupportedError(
             "SparseGPT has no form for the short convolution: its inputs are not shared between rows.",
