@@ -18,7 +18,7 @@ from torch import Tensor
 import ssmcompress
 from ssmcompress.errors import BackendError
 from ssmcompress.events import Emit, Table, ignore
-from ssmcompress.kernels import KERNELS, Backend, cpu, cuda, native, reference
+from ssmcompress.kernels import KERNELS, Backend, cpu, cuda, label, native, reference
 
 LIMITS = {"cpu": 1e-5, "cuda": 5e-3}  # relative error in float32; the CUDA kernels multiply matrices in TF32
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
@@ -88,7 +88,7 @@ def doctor(*, emit: Emit = ignore) -> Diagnosis:
 
 def environment() -> dict[str, str]:
     """Versions, processor, memory, compiler, kernels and caches, each as a phrase."""
-    usable = {module.__name__.rsplit(".", 1)[-1]: module.available() for module in (native, cuda)}
+    usable = {label(module): module.available() for module in (native, cuda)}
     return {
         "ssmcompress": ssmcompress.__version__,
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
@@ -145,7 +145,7 @@ def inputs(kernel: str) -> dict[str, Tensor]:
 
 
 def _check(module: ModuleType, kernel: str, device: str) -> Check:
-    implementation = module.__name__.rsplit(".", 1)[-1]
+    implementation = label(module)
     given = inputs(kernel)
     truth = _outputs(getattr(reference, kernel), given)
     converted = {name: value.to(device, torch.float32) for name, value in given.items()}

@@ -48,7 +48,7 @@ class Backend:
     def names(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
         """The implementation each kernel resolves to on this device and dtype, for records."""
         device = torch.device(device).type
-        return {kernel: self._module(kernel, device, dtype).__name__.rsplit(".", 1)[-1] for kernel in KERNELS}
+        return {kernel: label(self._module(kernel, device, dtype)) for kernel in KERNELS}
 
     def _kernel(self, kernel: str, tensor: Tensor) -> Callable[..., Any]:
         return getattr(self._module(kernel, tensor.device.type, tensor.dtype), kernel)
@@ -69,13 +69,17 @@ class Backend:
 AUTO = Backend()
 
 
+def label(module: ModuleType) -> str:
+    """The backend name of an implementation."""
+    return "torch" if module is cpu else module.__name__.rsplit(".", 1)[-1]
+
+
 def choose(name: str) -> Backend:
     """The backend of that name; BackendError where `native` or `cuda` is asked for by name and cannot be had."""
     if name not in get_args(BackendName):
         raise InputError(f"Unknown backend {name!r}.", hint=f"Choose one of {', '.join(get_args(BackendName))}.")
     for wanted in (native, cuda):
-        label = wanted.__name__.rsplit(".", 1)[-1]
-        usable, reason = wanted.available() if name == label else (True, "")
+        usable, reason = wanted.available() if name == label(wanted) else (True, "")
         if not usable:
-            raise BackendError(f"The {label} kernels cannot be used: {reason}.", hint="Run `ssmcompress doctor`.")
+            raise BackendError(f"The {name} kernels cannot be used: {reason}.", hint="Run `ssmcompress doctor`.")
     return AUTO if name == "auto" else Backend(name)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ def test_every_kernel_here_agrees_with_the_reference():
     diagnosis = function(emit=heard.append)
     assert diagnosis.healthy
     checked = {(check.implementation, check.kernel) for check in diagnosis.checks}
-    assert {("cpu", kernel) for kernel in KERNELS} <= checked
+    assert {("torch", kernel) for kernel in KERNELS} <= checked
     assert (("native", "selective_scan") in checked) == native.available()[0]
     assert set(diagnosis.kernels["cpu"]) == set(KERNELS)
     assert [event.title.split()[0] for event in heard if isinstance(event, Table)] == [
@@ -34,12 +34,12 @@ def test_every_kernel_here_agrees_with_the_reference():
 def test_a_kernel_that_is_wrong_is_named(monkeypatch, broken, words):
     monkeypatch.setattr(cpu, "conv", broken)
     heard = []
-    with pytest.raises(BackendError, match=r"cpu\.conv\.") as error:
+    with pytest.raises(BackendError, match=r"torch\.conv\.") as error:
         function(emit=heard.append)
     assert error.value.exit_code == 4 and error.value.hint
     verdicts = {row[:2]: row[-1] for row in heard[-1].rows}
-    assert verdicts[("conv", "cpu")].startswith("WRONG") and words in verdicts[("conv", "cpu")]
-    assert verdicts[("ssd", "cpu")] == "ok"
+    assert verdicts[("conv", "torch")].startswith("WRONG") and words in verdicts[("conv", "torch")]
+    assert verdicts[("ssd", "torch")] == "ok"
 
 
 def test_a_step_that_forgets_the_state_is_wrong(monkeypatch):
@@ -48,7 +48,7 @@ def test_a_step_that_forgets_the_state_is_wrong(monkeypatch):
 
     monkeypatch.setattr(cpu, "selective_step", forgetful)
     failed = [(check.implementation, check.kernel) for check in parity() if not check.passed]
-    assert failed == [("cpu", "selective_step")]
+    assert failed == [("torch", "selective_step")]
 
 
 def test_padding_and_a_first_state_are_part_of_the_check():
@@ -60,9 +60,9 @@ def test_padding_and_a_first_state_are_part_of_the_check():
 
 
 def test_the_verdict_is_the_limit():
-    assert Check("conv", "cpu", "cpu", error=1e-6, limit=1e-5, seconds=0.0).passed
-    assert not Check("conv", "cpu", "cpu", error=1e-4, limit=1e-5, seconds=0.0).passed
-    assert not Check("conv", "cpu", "cpu", error=float("nan"), limit=1e-5, seconds=0.0).passed
+    assert Check("conv", "torch", "cpu", error=1e-6, limit=1e-5, seconds=0.0).passed
+    assert not Check("conv", "torch", "cpu", error=1e-4, limit=1e-5, seconds=0.0).passed
+    assert not Check("conv", "torch", "cpu", error=float("nan"), limit=1e-5, seconds=0.0).passed
 
 
 def test_the_environment_says_something_of_everything(monkeypatch):
