@@ -15,6 +15,7 @@ from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import resolve
 from ssmcompress.edits import Edit, Mask
 from ssmcompress.events import Emit, Note, Table, ignore
+from ssmcompress.prune.apply import BLOCK
 from ssmcompress.prune.targets import Target, targets
 from ssmcompress.recipe import PruneOptions, pruning
 
@@ -39,7 +40,7 @@ def plan(model: str, *, emit: Emit = ignore, **options: Unpack[PruneOptions]) ->
     chosen = targets(arch, recipe.steps[0])
     shapes = {name: weights.shape(name) for name in weights}
     expected = {
-        name: expected_kept(shapes[name], module, target)
+        name: expected_kept(shapes[name], module, target, recipe.steps[0].method)
         for module, target in chosen.items()
         for name in names(arch, module)
     }
@@ -65,13 +66,16 @@ def names(arch: Arch, module: str) -> list[str]:
     return [arch.weight(layer, module) for layer in range(arch.layers)]
 
 
-def expected_kept(shape: torch.Size, module: str, target: Target) -> float:
+def expected_kept(shape: torch.Size, module: str, target: Target, method: str) -> float:
     """The share of a weight that its target leaves, exactly."""
     rows = shape.numel() // shape[0] if module == "conv1d" else shape[-1]
     if target.pattern is not None:
         n, m = target.pattern
         rest = rows % m
         return (rows // m * n + -(-rest * n // m)) / rows
+    if method == "sparsegpt":
+        blocks = (min(BLOCK, rows - start) for start in range(0, rows, BLOCK))
+        return 1 - sum(int(shape[0] * width * target.sparsity) for width in blocks) / shape.numel()
     size = shape.numel() if target.scope == "tensor" else rows
     return 1 - int(size * target.sparsity) / size
 

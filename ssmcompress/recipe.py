@@ -55,6 +55,9 @@ class Prune(_Strict):
     def _consistent(self) -> "Prune":
         if self.pattern and self.modules:
             raise ValueError("pattern and modules (ratios by module) exclude one another")
+        if self.scope and (self.pattern or self.method == "sparsegpt"):
+            cause = "a pattern" if self.pattern else "sparsegpt"
+            raise ValueError(f"scope has no meaning with {cause}, which has groups of its own")
         return self
 
 

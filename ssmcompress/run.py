@@ -8,8 +8,10 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ssmcompress import edits as editing
+from ssmcompress.arch.base import mixers
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.calib import data
 from ssmcompress.checkpoint import card, manifest
@@ -177,7 +179,19 @@ def _write(checkpoint: Checkpoint, found: Sequence[Edit], folder: Path) -> Verif
 
     shapes = {name: torch.empty(weights.shape(name), dtype=weights.dtype(name), device="meta") for name in weights}
     write(checkpoint, folder, shapes, value=value)
-    return verify(folder, checkpoint.model)
+    return verify(folder, _exact(checkpoint, found))
+
+
+def _exact(checkpoint: Checkpoint, found: Sequence[Edit]) -> PreTrainedModel:
+    """The edited model as it must load again: the one at hand, unless it computes in less than what is stored."""
+    model, stored = checkpoint.model, checkpoint.stored
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if name in stored}
+    if all(torch.promote_types(stored.dtype(name), dtype) == dtype for name, dtype in dtypes.items()):
+        return model
+    backend = next(mixers(model)).backend.name
+    exact = load(checkpoint.source, dtype=torch.float32, device=model.device, backend=backend).model
+    editing.apply(found, dict(exact.named_parameters()))
+    return exact
 
 
 def _measure(checkpoint: Checkpoint, tell: Emit, when: str) -> Perplexity | None:

@@ -18,6 +18,7 @@ from ssmcompress.prune.targets import Target, targets
 from ssmcompress.recipe import Prune
 
 STATISTICS = {"wanda": SquaredSum, "sparsegpt": Hessian}
+BLOCK = 128  # columns whose errors SparseGPT spreads before it goes on to the next ones
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def prune_weight(weight: Tensor, method: str, target: Target, statistic: Any = N
     if target.pattern is None and target.sparsity == 0:
         return weight, torch.ones_like(weight, dtype=torch.bool)
     if method == "sparsegpt":
-        return sparsegpt(weight, statistic.value, sparsity=target.sparsity, pattern=target.pattern)
+        return sparsegpt(weight, statistic.value, sparsity=target.sparsity, pattern=target.pattern, block=BLOCK)
     score = scores.magnitude(weight) if method == "magnitude" else scores.wanda(weight, statistic.norm)
     flat = score.flatten(1)
     if target.pattern is not None:
