@@ -7,7 +7,7 @@ import torch
 
 from ssmcompress.checkpoint.output import output
 from ssmcompress.checkpoint.source import Checkpoint, load
-from ssmcompress.errors import InputError
+from ssmcompress.errors import BackendError, InputError
 from ssmcompress.evaluate.results import Summary
 from ssmcompress.events import Emit, Finished, Metric, Note, Table, ignore
 from ssmcompress.measure import recall as probes
@@ -58,10 +58,26 @@ def evaluate(
 
 
 def compute_dtype(name: str, device: str) -> torch.dtype | Literal["auto"]:
-    """The dtype to compute in: what was asked for, else float32 on a CPU and the stored one elsewhere."""
+    """The dtype to compute in: what was asked for, else float32 on a CPU and the stored one elsewhere.
+
+    Raises InputError for a device there is no such kind of, BackendError for one that this machine does not have.
+    """
+    kind = _known_device(device).type
     if name != "auto":
         return getattr(torch, name)
-    return torch.float32 if torch.device(device).type == "cpu" else "auto"
+    return torch.float32 if kind == "cpu" else "auto"
+
+
+def _known_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"There is no device {name!r}.", hint="Choose cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"The device {name!r} is not supported.", hint="Choose cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackendError(f"This machine has no device {name!r}.", hint="Run `ssmcompress doctor`.")
+    return device
 
 
 def required_tokenizer(checkpoint: Checkpoint) -> Any:
