@@ -101,21 +101,22 @@ class VocabularyLoss(torch.autograd.Function):
     """Mean cross-entropy of hidden [T, d] under a head [V, d], a few rows at a time so that logits stay in the cache."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets):  # type: ignore[no-untyped-def]
-        """Loss, and for each row whether the target ranked first."""
+    def forward(ctx, hidden, head, targets, graded):  # type: ignore[no-untyped-def]
+        """Loss, and for each graded row whether the target ranked first."""
         half, hidden = head.to(torch.bfloat16), hidden.to(torch.bfloat16)
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
         loss, right = torch.zeros(()), []
-        for rows, gold in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
+        blocks = (hidden.split(ROWS), targets.split(ROWS), graded.split(ROWS), grad_hidden.split(ROWS))
+        for rows, gold, asked, out in zip(*blocks, strict=True):
             logits = (rows @ half.T).float()
             at = torch.arange(len(gold))
-            right.append(logits.argmax(1) == gold)
+            right.append(logits[asked].argmax(1) == gold[asked])
             norm = logits.logsumexp(1)
             loss += (norm - logits[at, gold]).sum()
             share = logits.sub_(norm[:, None]).exp_()
             share[at, gold] -= 1
             share = share.div_(len(targets)).to(torch.bfloat16)
-            torch.mm(share, half, out=grad_hidden[len(right) * ROWS - ROWS : len(right) * ROWS])
+            torch.mm(share, half, out=out)
             grad_head += (share.T @ rows).float()
         ctx.save_for_backward(grad_hidden, grad_head)
         right = torch.cat(right)
@@ -126,4 +127,4 @@ class VocabularyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_head * grad, None
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_head * grad, None, None

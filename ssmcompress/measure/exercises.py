@@ -25,6 +25,7 @@ class Vocabulary:
     values: np.ndarray
     equals: int
     newline: int
+    start: int  # end-of-text: what stands before every document
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Vocabulary":
@@ -40,7 +41,7 @@ class Vocabulary:
                 hint="Memory can be measured with byte-level BPE tokenizers of a few thousand entries or more.",
             )
         marks = [tokenizer.encode(mark, add_special_tokens=False)[-1] for mark in (" =", "\n")]
-        return cls(words, words[:KEYS], words[KEYS : KEYS + VALUES], *marks)
+        return cls(words, words[:KEYS], words[KEYS : KEYS + VALUES], *marks, tokenizer.eos_token_id)
 
 
 @dataclass(frozen=True)

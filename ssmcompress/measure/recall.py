@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssmcompress.measure.exercises import Vocabulary, copying, key_value
+from ssmcompress.measure.exercises import Exercise, Vocabulary, copying, key_value
 
 COPY_LENGTHS = (8, 12, 16, 20)
 PAIRS = (2, 4, 8)
@@ -46,11 +46,12 @@ def recall(model: nn.Module, tokenizer: Any, *, items: int = 512, seed: int = 0,
 def copy_probe(model: nn.Module, vocabulary: Vocabulary, length: int, items: int, seed: int, batch: int = 64) -> Recall:
     """Greedy token accuracy on the second half of `w₁ … wₙ = w₁ … wₙ`, teacher-forced; the error is over items."""
     rng = _generator(seed, 1, length)
-    rows = np.stack([copying(vocabulary, length, rng).ids for _ in range(items)])
+    rows = _rows(vocabulary, [copying(vocabulary, length, rng) for _ in range(items)])
     right, logp = [], []
     for ids, logits in _batches(model, rows, batch):
-        scores = logits[:, length : 2 * length].log_softmax(-1)
-        gold = ids[:, length + 1 : 2 * length + 1]
+        asked = length + 1
+        scores = logits[:, asked : asked + length].log_softmax(-1)
+        gold = ids[:, asked + 1 : asked + 1 + length]
         right.append((scores.argmax(-1) == gold).float().mean(1))
         logp.append(scores.gather(-1, gold[..., None])[..., 0].mean(1))
     return _summary("copy", length, right, logp, 1 / len(vocabulary.words))
@@ -61,16 +62,22 @@ def key_value_probe(
 ) -> Recall:
     """Share of items whose right value ranks first among the values in context; the query is never the last pair."""
     rng = _generator(seed, 2, pairs)
-    rows = np.stack([key_value(vocabulary, pairs, 1, rng).ids for _ in range(items)])
+    rows = _rows(vocabulary, [key_value(vocabulary, pairs, 1, rng) for _ in range(items)])
     right, logp = [], []
     for ids, logits in _batches(model, rows, batch):
-        asked = 3 * pairs + 2
+        asked = 3 * pairs + 3
         scores = logits[:, asked].log_softmax(-1)
         gold = ids[:, asked + 1, None]
-        among = scores.gather(-1, ids[:, 1 : 3 * pairs : 3])
+        among = scores.gather(-1, ids[:, 2 : 3 * pairs + 1 : 3])
         right.append((scores.gather(-1, gold) >= among.max(-1, keepdim=True).values)[:, 0].float())
         logp.append(scores.gather(-1, gold)[:, 0])
     return _summary("key-value", pairs, right, logp, 1 / pairs)
+
+
+def _rows(vocabulary: Vocabulary, exercises: list[Exercise]) -> np.ndarray:
+    """The exercises [items, 1 + tokens], each after one end-of-text token."""
+    ids = np.stack([exercise.ids for exercise in exercises])
+    return np.concatenate([np.full((len(ids), 1), vocabulary.start), ids], axis=1)
 
 
 @torch.no_grad()
