@@ -1,49 +1,47 @@
-"""The kernels of native.c: built by the system's C compiler at first use, checked against the reference, kept in the cache."""
+"""The kernels of native.c behind the names of :mod:`reference`: differentiable, on the CPU, in float32 and bfloat16."""
 
 import ctypes
 import functools
-import hashlib
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmcompress.errors import BackendError, UnsupportedError
-from ssmcompress.kernels import reference
+from ssmcompress.kernels import library, reference
 
-LANES, SPAN = 64, 16  # channels of a task; tokens between two kept states
-MAX_TAPS, MAX_STATES = 8, 256
+LIMITS = {"LANES": 64, "SPAN": 16, "MAX_TAPS": 8, "MAX_STATES": 256}
+LANES, SPAN, MAX_TAPS, MAX_STATES = LIMITS.values()
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
-    *(f"-D{name}={value}" for name, value in (("LANES", LANES), ("SPAN", SPAN), ("MAX_TAPS", MAX_TAPS), ("MAX_STATES", MAX_STATES))),
+    *(f"-D{name}={value}" for name, value in LIMITS.items()),
 )
 
 
 def available() -> tuple[bool, str]:
-    """Whether the native kernels can be used here, and why, in words for the user."""
-    library, reason = _library()
-    return library is not None, reason
+    """Whether the native kernels can be used here, and if not, why."""
+    loaded, reason = _library()
+    return loaded is not None, reason
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, left: Tensor | None = None, silu: bool = True) -> Tensor:
-    """Causal depthwise convolution, then SiLU: x [B, L, C], weight [C, K ≤ 8], left [B, C, K-1] → [B, L, C]; differentiable."""
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, left: Tensor | None = None, silu: bool = True
+) -> Tensor:
+    """Causal depthwise convolution, then SiLU: x [B, L, C], weight [C, K ≤ 8], left [B, C, K-1] → [B, L, C]."""
     if weight.shape[1] > MAX_TAPS:
         raise UnsupportedError(f"The native convolution takes at most {MAX_TAPS} taps, not {weight.shape[1]}.")
     dtype = _memory_type(x)
     past = None if left is None else left.to(dtype).transpose(1, 2).contiguous()
-    inputs = (x.to(dtype), weight.float().contiguous(), _vector(bias), past)
-    y = _Conv.apply(*inputs, silu) if _differentiated(inputs) else _conv_forward(*inputs, silu)
+    inputs = _ConvInputs(_inner(x.to(dtype)), weight.float().contiguous(), _floats(bias), past)
+    y = _Conv.apply(silu, *inputs) if _differentiated(inputs) else _conv_forward(inputs, silu)
     return y.to(x.dtype)
 
 
@@ -58,9 +56,9 @@ def selective_scan(
     dt_bias: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-1 scan: u, dt, z [B, L, D], A [D, N ≤ 256], B, C [B, L, N] → y [B, L, D], state [B, D, N]; differentiable."""
-    inputs = _scan_inputs(u, dt, A, B, C, D, z, dt_bias, state)
-    y, last, _ = _Scan.apply(*inputs) if _differentiated(inputs) else _scan_forward(*inputs, keep=False)
+    """Mamba-1 scan: u, dt, z [B, L, D], A [D, N ≤ 256] negative, B, C [B, L, N] → y [B, L, D], state [B, D, N]."""
+    inputs = _ready(_ScanInputs(u, dt, A, B, C, D, z, dt_bias, state))
+    y, last = _Scan.apply(*inputs) if _differentiated(inputs) else _scan_forward(inputs)
     return y.to(u.dtype), last
 
 
@@ -75,19 +73,20 @@ def selective_step(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
 ) -> Tensor:
-    """One token of :func:`selective_scan`: u, dt, z [B, D], B, C [B, N]; state [B, D, N] changes in place → y [B, D]."""
-    rows = [None if row is None else row[:, None] for row in (u, dt, B, C, z)]
-    inputs = _scan_inputs(rows[0], rows[1], A, rows[2], rows[3], D, rows[4], dt_bias, state)
-    if _differentiated(inputs):
-        y, last, _ = _Scan.apply(*inputs)
+    """One token of :func:`selective_scan`: u, dt, z [B, D], B, C [B, N], state [B, D, N] in place → y [B, D]."""
+    given = _ScanInputs(u, dt, A, B, C, D, z, dt_bias, state)
+    if _differentiated(given):
+        gate = None if z is None else z[:, None]
+        before = state.clone()  # the backward needs it as it was
+        rows, last = selective_scan(u[:, None], dt[:, None], A, B[:, None], C[:, None], D, gate, dt_bias, before)
         state.copy_(last)
-        return y[:, 0].to(u.dtype)
-    work = inputs[-1]
-    y = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
-    _call("ssm_scan_step", _scan_job(*inputs[:-1], None, y=_rows(y), final=work.data_ptr()))
-    if work.data_ptr() != state.data_ptr():
-        state.copy_(work)
-    return y[:, 0].to(u.dtype)
+        return rows[:, 0]
+    inputs = _ready(given)
+    y = torch.empty_like(inputs.u, memory_format=torch.contiguous_format)
+    sizes = {"batch": u.shape[0], "length": 1, "width": u.shape[1], "size": A.shape[1]}
+    with _in_place(state) as last:
+        _run("ssm_scan_step", _ScanJob, _common(y.dtype) | sizes | inputs._asdict() | {"y": y, "last": last})
+    return y.to(u.dtype)
 
 
 def ssd_step(
@@ -101,281 +100,294 @@ def ssd_step(
     dt_bias: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> Tensor:
-    """One token of the Mamba-2 scan: x [B, H, P], dt [B, H], B, C [B, G, N ≤ 256]; state [B, H, P, N] in place → y [B, H, P]."""
+    """One token of the Mamba-2 scan: x [B, H, P], dt [B, H], B, C [B, G, N], state [B, H, P, N] in place → y."""
     if _differentiated((state, x, dt, A, B, C, D, dt_bias)):
-        return reference.ssd_step(state, x, dt, A, B, C, D, dt_bias, dt_limit)
+        before = state.clone()
+        y, last = reference.ssd(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, dt_bias, dt_limit, before)
+        state.copy_(last)
+        return y[:, 0]
     batch, heads, width, size = state.shape
     _check_states(size)
     dtype = _memory_type(x, dt, B, C)
-    x_, dt_, B_, C_ = (_inner(row.to(dtype)) for row in (x, dt, B, C))
-    work, A_, D_, bias = state.float().contiguous(), A.float().contiguous(), _vector(D), _vector(dt_bias)
-    y = torch.empty(batch, heads, width, dtype=dtype)
-    low, high = dt_limit
-    job = _SsdJob(
-        *(batch, heads, width, size, B.shape[1], dtype == torch.bfloat16, torch.get_num_threads()),
-        *(_rows(x_), _rows(dt_), _rows(B_), _rows(C_), _rows(y)),
-        *(A_.data_ptr(), _pointer(D_), _pointer(bias), work.data_ptr(), low, high),
-    )
-    _call("ssm_ssd_step", job)
-    if work.data_ptr() != state.data_ptr():
-        state.copy_(work)
+    rows = {name: _inner(row.to(dtype)) for name, row in (("x", x), ("dt", dt), ("B", B), ("C", C))}
+    sizes = {"batch": batch, "heads": heads, "width": width, "size": size, "groups": B.shape[1]}
+    vectors = {"A": _floats(A), "D": _floats(D), "dt_bias": _floats(dt_bias), "low": dt_limit[0], "high": dt_limit[1]}
+    y = x.new_empty(batch, heads, width, dtype=dtype)
+    with _in_place(state) as work:
+        _run("ssm_ssd_step", _SsdJob, _common(dtype) | sizes | rows | vectors | {"y": y, "state": work})
     return y.to(x.dtype)
+
+
+# ---- convolution ----
+
+
+class _ConvInputs(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    left: Tensor | None  # [B, K-1, C]
+
+
+def _conv_fields(inputs: _ConvInputs, silu: bool) -> dict[str, Any]:
+    batch, length, width = inputs.x.shape
+    sizes = {"batch": batch, "length": length, "width": width, "taps": inputs.weight.shape[1], "silu": silu}
+    return _common(inputs.x.dtype) | sizes | inputs._asdict()
+
+
+def _conv_forward(inputs: _ConvInputs, silu: bool, used: ctypes.CDLL | None = None) -> Tensor:
+    y = torch.empty_like(inputs.x, memory_format=torch.contiguous_format)
+    _run("ssm_conv_forward", _ConvJob, _conv_fields(inputs, silu) | {"y": y}, used)
+    return y
+
+
+def _conv_backward(
+    inputs: _ConvInputs, silu: bool, grad_y: Tensor, used: ctypes.CDLL | None = None
+) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of the inputs."""
+    x, weight, bias, left = inputs
+    to_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    to_left = None if left is None else torch.empty_like(left)
+    to_weight, to_bias = weight.new_empty(x.shape[0], *weight.shape), weight.new_empty(x.shape[0], weight.shape[0])
+    gradients = {"grad_x": to_x, "grad_left": to_left, "grad_weight": to_weight, "grad_bias": to_bias}
+    fields = _conv_fields(inputs, silu) | {"grad_y": _inner(grad_y)} | gradients
+    _run("ssm_conv_backward", _ConvJob, fields, used)
+    return to_x, to_weight.sum(0), None if bias is None else to_bias.sum(0), to_left
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, silu, *inputs):  # type: ignore[no-untyped-def]
+        ctx.silu = silu
+        ctx.save_for_backward(*inputs)
+        return _conv_forward(_ConvInputs(*inputs), silu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+        return None, *_conv_backward(_ConvInputs(*ctx.saved_tensors), ctx.silu, grad_y)
+
+
+# ---- selective scan ----
+
+
+class _ScanInputs(NamedTuple):
+    u: Tensor  # u, dt, z [B, L, D], B, C [B, L, N]; without L for a step
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    state: Tensor | None
+
+
+def _ready(given: _ScanInputs) -> _ScanInputs:
+    """What C reads: the sequences in one memory type with their channels contiguous, the rest in float32."""
+    u, dt, A, B, C, D, z, dt_bias, state = given
+    _check_states(A.shape[1])
+    dtype = _memory_type(u, dt, B, C, z)
+    gate = None if z is None else _inner(z.to(dtype))
+    u, dt, B, C = (_inner(u.to(dtype)), _inner(dt.to(dtype)), _inner(B.to(dtype)), _inner(C.to(dtype)))
+    return _ScanInputs(u, dt, A.float().contiguous(), B, C, _floats(D), gate, _floats(dt_bias), _floats(state))
+
+
+def _scan_fields(inputs: _ScanInputs) -> dict[str, Any]:
+    batch, length, width = inputs.u.shape
+    sizes = {"batch": batch, "length": length, "width": width, "size": inputs.A.shape[1]}
+    return _common(inputs.u.dtype) | sizes | inputs._asdict()
+
+
+def _kept(inputs: _ScanInputs) -> Tensor:
+    """Room for the states before each span, which the backward starts from."""
+    batch, length, width = inputs.u.shape
+    return inputs.A.new_empty(batch * -(-width // LANES), -(-length // SPAN), inputs.A.shape[1], LANES)
+
+
+def _scan_forward(
+    inputs: _ScanInputs, saved: Tensor | None = None, used: ctypes.CDLL | None = None
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(inputs.u, memory_format=torch.contiguous_format)
+    last = inputs.A.new_empty(inputs.u.shape[0], *inputs.A.shape)
+    _run("ssm_scan_forward", _ScanJob, _scan_fields(inputs) | {"y": y, "last": last, "saved": saved}, used)
+    return y, last
+
+
+def _scan_backward(
+    inputs: _ScanInputs,
+    saved: Tensor,
+    grad_y: Tensor | None,
+    grad_last: Tensor | None,
+    used: ctypes.CDLL | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of the inputs."""
+    u, A = inputs.u, inputs.A
+    (batch, length, width), size = u.shape, A.shape[1]
+    grad_y = torch.zeros_like(u) if grad_y is None else _inner(grad_y)
+    to_u, to_dt, to_z = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in range(3))
+    to_A, to_state = (A.new_empty(batch, width, size) for _ in range(2))
+    to_B, to_C = (A.new_empty(batch, -(-width // LANES), length, size) for _ in range(2))
+    to_D, to_bias = (A.new_empty(batch, width) for _ in range(2))
+    scratch = A.new_empty(torch.get_num_threads(), 2 * SPAN + 4, size, LANES)
+    fields = _scan_fields(inputs) | {"saved": saved, "scratch": scratch}
+    fields |= {"grad_y": grad_y, "grad_u": to_u, "grad_dt": to_dt, "grad_z": to_z, "grad_last": _floats(grad_last)}
+    fields |= {"grad_A": to_A, "grad_state": to_state, "grad_D": to_D, "grad_dt_bias": to_bias}
+    _run("ssm_scan_backward", _ScanJob, fields | {"grad_B": to_B, "grad_C": to_C}, used)
+    shared_B, shared_C = to_B.sum(1).to(u.dtype), to_C.sum(1).to(u.dtype)
+    gradients = (to_u, to_dt, to_A.sum(0), shared_B, shared_C, to_D.sum(0), to_z, to_bias.sum(0), to_state)
+    return tuple(None if given is None else found for given, found in zip(inputs, gradients, strict=True))
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        inputs = _ScanInputs(*inputs)
+        saved = _kept(inputs)
+        ctx.save_for_backward(*inputs, saved)
+        ctx.set_materialize_grads(False)
+        return _scan_forward(inputs, saved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_last):  # type: ignore[no-untyped-def]
+        *inputs, saved = ctx.saved_tensors
+        return _scan_backward(_ScanInputs(*inputs), saved, grad_y, grad_last)
 
 
 # ---- tensors as C sees them ----
 
 
 class _Rows(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("time", ctypes.c_int64))
+    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("time", ctypes.c_int64)]
 
 
-def _fields(integers: str, **groups: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_int64) for name in integers.split()]
-
-
-def _struct(layout: Sequence[tuple[Any, str]]) -> list[tuple[str, Any]]:
-    return [(name, kind) for kind, names in layout for name in names.split()]
-
-
-class _ScanJob(ctypes.Structure):
-    _fields_ = _struct(
-        [
-            (ctypes.c_int64, "batch length width size bf16 threads"),
-            (_Rows, "u dt B C z y"),
-            (ctypes.c_void_p, "A D dt_bias initial final saved"),
-            (_Rows, "grad_y grad_u grad_dt grad_z"),
-            (ctypes.c_void_p, "grad_final grad_initial grad_A grad_D grad_dt_bias grad_B grad_C scratch"),
-        ]
-    )
+def _layout(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
+    return [(name, kind) for kind, names in groups for name in names.split()]
 
 
 class _ConvJob(ctypes.Structure):
-    _fields_ = _struct(
-        [
-            (ctypes.c_int64, "batch length width taps silu bf16 threads"),
-            (_Rows, "x left y"),
-            (ctypes.c_void_p, "weight bias"),
-            (_Rows, "grad_y grad_x grad_left"),
-            (ctypes.c_void_p, "grad_weight grad_bias"),
-        ]
+    _fields_ = _layout(
+        (ctypes.c_int64, "batch length width bf16 threads taps silu"),
+        (_Rows, "x left y"),
+        (ctypes.c_void_p, "weight bias"),
+        (_Rows, "grad_y grad_x grad_left"),
+        (ctypes.c_void_p, "grad_weight grad_bias"),
+    )
+
+
+class _ScanJob(ctypes.Structure):
+    _fields_ = _layout(
+        (ctypes.c_int64, "batch length width bf16 threads size"),
+        (_Rows, "u dt B C z y"),
+        (ctypes.c_void_p, "A D dt_bias state last saved"),
+        (_Rows, "grad_y grad_u grad_dt grad_z"),
+        (ctypes.c_void_p, "grad_last grad_A grad_state grad_D grad_dt_bias grad_B grad_C scratch"),
     )
 
 
 class _SsdJob(ctypes.Structure):
-    _fields_ = _struct(
-        [
-            (ctypes.c_int64, "batch heads width size groups bf16 threads"),
-            (_Rows, "x dt B C y"),
-            (ctypes.c_void_p, "A D dt_bias state"),
-            (ctypes.c_float, "low high"),
-        ]
+    _fields_ = _layout(
+        (ctypes.c_int64, "batch heads width bf16 threads size groups"),
+        (_Rows, "x dt B C y"),
+        (ctypes.c_void_p, "A D dt_bias state"),
+        (ctypes.c_float, "low high"),
     )
 
 
-def _rows(tensor: Tensor | None) -> _Rows:
-    return _Rows() if tensor is None else _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+JOBS = (_ConvJob, _ScanJob, _SsdJob)
+WALKED = frozenset(name for job in JOBS for name, kind in job._fields_ if kind is _Rows)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _run(function: str, kind: type[ctypes.Structure], fields: dict[str, Any], used: ctypes.CDLL | None = None) -> None:
+    """Calls a C function; of tensors it sees the address, and the strides of those it walks row by row."""
+    if used is None:
+        used, reason = _library()
+        if used is None:
+            raise BackendError(f"The native kernels cannot be used: {reason}.", hint="Use `--backend torch`.")
+    job = kind()
+    for name, value in fields.items():
+        if isinstance(value, Tensor):
+            value = _rows(value) if name in WALKED else value.data_ptr()
+        if value is not None:
+            setattr(job, name, value)
+    used[function](ctypes.byref(job))
 
 
-def _inner(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+def _rows(tensor: Tensor) -> _Rows:
+    return _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
-def _vector(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
+def _common(dtype: torch.dtype) -> dict[str, Any]:
+    return {"bf16": dtype == torch.bfloat16, "threads": torch.get_num_threads()}
 
 
-def _memory_type(*tensors: Tensor | None) -> torch.dtype:
-    narrow = all(tensor is None or tensor.dtype == torch.bfloat16 for tensor in tensors)
+def _memory_type(*sequences: Tensor | None) -> torch.dtype:
+    narrow = all(row is None or row.dtype == torch.bfloat16 for row in sequences)
     return torch.bfloat16 if narrow else torch.float32
 
 
-def _differentiated(tensors: Sequence[Tensor | None]) -> bool:
+def _inner(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def _floats(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _differentiated(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _check_states(size: int) -> None:
     if size > MAX_STATES:
-        raise UnsupportedError(f"The native kernels take at most {MAX_STATES} states, not {size}.", hint="--backend torch")
+        raise UnsupportedError(f"The native kernels take at most {MAX_STATES} states, not {size}.")
 
 
-def _call(function: str, job: ctypes.Structure) -> None:
-    library, reason = _library()
-    if library is None:
-        raise BackendError(f"The native kernels cannot be used: {reason}", hint="--backend torch runs without a compiler.")
-    library[function](ctypes.byref(job))
+@contextmanager
+def _in_place(state: Tensor) -> Iterator[Tensor]:
+    """The state as C can change it; autograd is told, since it cannot see writes through an address."""
+    work = state.float().contiguous()
+    yield work
+    if work is not state:
+        state.copy_(work)
+    elif not state.is_inference():
+        torch.autograd.graph.increment_version(state)
 
 
-# ---- convolution ----
-
-
-def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor | None, silu: bool) -> Tensor:
-    x = _inner(x)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _call("ssm_conv_forward", _conv_job(x, weight, bias, left, silu, y=_rows(y)))
-    return y
-
-
-def _conv_job(
-    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor | None, silu: bool, **fields: Any
-) -> _ConvJob:
-    sizes = (*x.shape, weight.shape[1], silu, x.dtype == torch.bfloat16, torch.get_num_threads())
-    return _ConvJob(*sizes, _rows(x), _rows(left), weight=weight.data_ptr(), bias=_pointer(bias), **fields)
-
-
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, left, silu):  # type: ignore[no-untyped-def]
-        ctx.silu = silu
-        ctx.save_for_backward(x, weight, bias, left)
-        return _conv_forward(x, weight, bias, left, silu)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
-        x, weight, bias, left = ctx.saved_tensors
-        x, grad_y = _inner(x), _inner(grad_y)
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        grad_left = None if left is None else torch.empty_like(left)
-        grad_weight = weight.new_empty(x.shape[0], *weight.shape)
-        grad_bias = weight.new_empty(x.shape[0], weight.shape[0])
-        job = _conv_job(
-            *(x, weight, bias, left, ctx.silu),
-            grad_y=_rows(grad_y),
-            grad_x=_rows(grad_x),
-            grad_left=_rows(grad_left),
-            grad_weight=grad_weight.data_ptr(),
-            grad_bias=grad_bias.data_ptr(),
-        )
-        _call("ssm_conv_backward", job)
-        return grad_x, grad_weight.sum(0), None if bias is None else grad_bias.sum(0), grad_left, None
-
-
-# ---- selective scan ----
-
-
-def _scan_inputs(u, dt, A, B, C, D, z, dt_bias, state):  # type: ignore[no-untyped-def]
-    """u, dt, B, C, z in one memory type, the rest in float32, as the C code reads them."""
-    _check_states(A.shape[1])
-    dtype = _memory_type(u, dt, B, C, z)
-    u, dt, B, C, z = (None if row is None else row.to(dtype) for row in (u, dt, B, C, z))
-    return u, dt, _vector(A), B, C, _vector(D), z, _vector(dt_bias), _vector(state)
-
-
-def _scan_job(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor | None,
-    **fields: Any,
-) -> _ScanJob:
-    sizes = (*u.shape, A.shape[1], u.dtype == torch.bfloat16, torch.get_num_threads())
-    pointers = {"A": A.data_ptr(), "D": _pointer(D), "dt_bias": _pointer(dt_bias), "initial": _pointer(state)}
-    return _ScanJob(*sizes, *(_rows(row) for row in (u, dt, B, C, z)), **pointers, **fields)
-
-
-def _scan_forward(u, dt, A, B, C, D, z, dt_bias, state, *, keep):  # type: ignore[no-untyped-def]
-    """y, final state and, where kept for the backward, the state before each span."""
-    u, dt, B, C = (_inner(row) for row in (u, dt, B, C))
-    z = None if z is None else _inner(z)
-    batch, length, width = u.shape
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    last = A.new_empty(batch, *A.shape)
-    saved = None
-    if keep:
-        saved = A.new_empty(batch * -(-width // LANES), -(-length // SPAN), A.shape[1], LANES)
-    job = _scan_job(
-        u, dt, A, B, C, D, z, dt_bias, state, y=_rows(y), final=last.data_ptr(), saved=_pointer(saved)
-    )
-    _call("ssm_scan_forward", job)
-    return y, last, saved
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, z, dt_bias, state):  # type: ignore[no-untyped-def]
-        y, last, saved = _scan_forward(u, dt, A, B, C, D, z, dt_bias, state, keep=True)
-        ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, state, saved)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(saved)
-        return y, last, saved
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y, grad_last, _):  # type: ignore[no-untyped-def]
-        u, dt, A, B, C, D, z, dt_bias, state, saved = ctx.saved_tensors
-        u, dt, B, C = (_inner(row) for row in (u, dt, B, C))
-        z = None if z is None else _inner(z)
-        grad_y = u.new_zeros(u.shape) if grad_y is None else _inner(grad_y)
-        grad_last = None if grad_last is None else grad_last.contiguous()
-        batch, length, width = u.shape
-        blocks, size = -(-width // LANES), A.shape[1]
-        grad_u, grad_dt = torch.empty(2, *u.shape, dtype=u.dtype)
-        grad_z = None if z is None else torch.empty(u.shape, dtype=u.dtype)
-        grad_A, grad_state = A.new_empty(2, batch, width, size)
-        grad_D, grad_bias = A.new_empty(2, batch, width)
-        grad_B, grad_C = A.new_empty(2, batch, blocks, length, size)
-        scratch = A.new_empty(torch.get_num_threads(), 2 * SPAN + 4, size, LANES)
-        rows = {"grad_y": grad_y, "grad_u": grad_u, "grad_dt": grad_dt, "grad_z": grad_z}
-        pointers = {
-            "saved": saved,
-            "grad_final": grad_last,
-            "grad_initial": grad_state,
-            "grad_A": grad_A,
-            "grad_D": grad_D,
-            "grad_dt_bias": grad_bias,
-            "grad_B": grad_B,
-            "grad_C": grad_C,
-            "scratch": scratch,
-        }
-        fields = {name: _rows(row) for name, row in rows.items()} | {k: _pointer(t) for k, t in pointers.items()}
-        _call("ssm_scan_backward", _scan_job(u, dt, A, B, C, D, z, dt_bias, state, **fields))
-        return (
-            grad_u,
-            grad_dt,
-            grad_A.sum(0),
-            grad_B.sum(1).to(B.dtype),
-            grad_C.sum(1).to(C.dtype),
-            None if D is None else grad_D.sum(0),
-            grad_z,
-            None if dt_bias is None else grad_bias.sum(0),
-            None if state is None else grad_state,
-        )
-
-
-# ---- building ----
+# ---- library ----
 
 
 @functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
-        return None, "no C compiler (cc, gcc or clang) on the PATH"
-    try:
-        key = _key(compiler)
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssmcompress" / "native"
-        path = folder / f"{key}.so"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=folder, suffix=".so")
-            os.close(descriptor)
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", name], check=True, capture_output=True, text=True)
-            os.replace(name, path)
-        return ctypes.CDLL(str(path)), f"{path}"
-    except (OSError, subprocess.SubprocessError) as error:
-        return None, str(getattr(error, "stderr", "") or error)
+    return library.load(SOURCE, FLAGS, _disagreement)
 
 
-def _key(compiler: str) -> str:
-    """Names the library: source, flags, and all that the compiler says of itself and of this processor."""
-    command = [compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull]
-    macros = subprocess.run(command, check=True, capture_output=True).stdout
-    return hashlib.sha256(b"\0".join((SOURCE.read_bytes(), " ".join(FLAGS).encode(), macros))).hexdigest()[:32]
+def _disagreement(built: ctypes.CDLL) -> str:
+    """Compares values and gradients on one small case with the reference in float64."""
+    batch, length, width, size, taps = 2, SPAN + 3, LANES + 5, 3, 4
+
+    def wave(step: float, *shape: int) -> Tensor:
+        points = torch.arange(1, torch.Size(shape).numel() + 1, dtype=torch.float64)
+        return (points * step).sin().reshape(shape).requires_grad_()
+
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        row, states = (batch, length, width), (batch, length, size)
+        A = wave(0.9, width, size).detach().exp().neg().requires_grad_()
+        scan = [wave(0.7, *row), wave(0.3, *row), A, wave(1.1, *states), wave(1.3, *states)]
+        scan += [wave(0.6, width), wave(0.8, *row), wave(0.4, width), wave(1.7, batch, width, size)]
+        y, last = reference.selective_scan(*scan)
+        expected = [y, last, *torch.autograd.grad((y, last), scan, (y.detach(), last.detach()))]
+        inputs = _ScanInputs(*(tensor.detach().float() for tensor in scan))
+        saved = _kept(inputs)
+        found: list[Tensor | None] = [*_scan_forward(inputs, saved, built)]
+        found += _scan_backward(inputs, saved, y.detach().float(), last.detach().float(), built)
+
+        window = [wave(0.7, *row), wave(1.9, width, taps), wave(0.6, width), wave(0.5, batch, taps - 1, width)]
+        y = reference.conv(window[0], window[1], window[2], window[3].transpose(1, 2))
+        expected += [y, *torch.autograd.grad(y, window, y.detach())]
+        convolved = _ConvInputs(*(tensor.detach().float() for tensor in window))
+        found += [_conv_forward(convolved, True, built), *_conv_backward(convolved, True, y.detach().float(), built)]
+
+        errors = [(f - e).norm() / e.norm() for f, e in zip(found, expected, strict=True) if f is not None]
+        worst = float(torch.stack(errors).detach().max())
+    return "" if worst < 1e-5 else f"the library that was built is off by {worst:.1e} from the reference"
