@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="also score the held-out novels whole")
-    parser.add_argument("--items", type=int, default=512)
+    parser.add_argument("--items", type=int, default=512, help="of each memory probe")
+    parser.add_argument("--limit", type=int, help="documents of each shipped text to score")
     options = parser.parse_args()
     folder = SHIPPED / options.family
     write(options.family, options.corpus, options.work, folder)
@@ -56,6 +57,7 @@ def write(family: str, corpus: Path, work: Path, folder: Path) -> None:
         for name, tensor in state.items()
     }
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
     config = CONFIGS[family]
     config.architectures = [arch_for(config).model_class.__name__]
     config.dtype = torch.bfloat16
@@ -85,7 +87,7 @@ def sizes(folder: Path) -> dict[str, object]:
 def measured(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     """Bits per byte of the held-out texts and the memory probes, in float32, from disk."""
     checkpoint = load(str(folder), dtype=torch.float32)
-    texts = {name: text.documents(name) for name in ("wikipedia", "novels")}
+    texts = {name: text.documents(name, options.limit) for name in ("wikipedia", "novels")}
     if options.data:
         texts |= {name: [novel(options.data, name)] for name in HELD_OUT_NOVELS}
     scores = {name: perplexity(checkpoint.model, checkpoint.tokenizer, texts[name]) for name in texts}
