@@ -1,0 +1,75 @@
+"""Which modules a step touches, by how much, and what is refused."""
+
+import pytest
+
+from ssmcompress.arch.registry import arch_for
+from ssmcompress.errors import InputError, UnsupportedError
+from ssmcompress.prune.targets import Target, targets
+from ssmcompress.recipe import Prune
+from tests.unit.arch.models import CONFIGS
+
+MAMBA, MAMBA2 = arch_for(CONFIGS["mamba"]), arch_for(CONFIGS["mamba2"])
+
+
+def test_the_projections_are_the_default():
+    assert list(targets(MAMBA, Prune())) == ["in_proj", "x_proj", "dt_proj", "out_proj"]
+    assert list(targets(MAMBA2, Prune())) == ["in_proj", "out_proj"]
+    assert set(targets(MAMBA, Prune()).values()) == {Target(0.5, None, "row")}
+
+
+def test_include_is_all_there_is_and_exclude_takes_from_it():
+    assert list(targets(MAMBA, Prune(include=("out_proj", "conv1d")))) == ["conv1d", "out_proj"]
+    assert list(targets(MAMBA, Prune(exclude=("x_proj", "dt_proj")))) == ["in_proj", "out_proj"]
+    assert list(targets(MAMBA, Prune(include=("in_proj", "x_proj"), exclude=("x_proj",)))) == ["in_proj"]
+
+
+def test_ratios_by_module_add_it_to_the_default():
+    found = targets(MAMBA2, Prune(sparsity=0.3, modules={"conv1d": 0.1, "out_proj": 0.7}))
+    assert {name: target.sparsity for name, target in found.items()} == {"in_proj": 0.3, "conv1d": 0.1, "out_proj": 0.7}
+
+
+def test_scopes_by_method():
+    assert targets(MAMBA, Prune(method="magnitude"))["in_proj"].scope == "tensor"
+    assert targets(MAMBA, Prune(method="magnitude", scope="row"))["in_proj"].scope == "row"
+    assert targets(MAMBA, Prune(method="wanda", scope="tensor"))["in_proj"].scope == "tensor"
+    # four taps of a channel are too few to rank among themselves
+    assert targets(MAMBA, Prune(include=("conv1d",), scope="row"))["conv1d"].scope == "tensor"
+
+
+def test_patterns_are_numbers():
+    assert targets(MAMBA, Prune(pattern="2:4"))["in_proj"].pattern == (2, 4)
+
+
+@pytest.mark.parametrize("field", ["include", "exclude", "modules"])
+def test_an_unknown_module_names_the_nearest(field):
+    value = {"out_prj": 0.5} if field == "modules" else ("out_prj",)
+    with pytest.raises(InputError, match="'out_prj'") as refused:
+        targets(MAMBA, Prune(**{field: value}))
+    assert refused.value.hint == "Did you mean 'out_proj'?"
+    with pytest.raises(InputError, match="no prunable module") as refused:
+        targets(MAMBA2, Prune(include=("zzz",)))
+    assert "in_proj, conv1d, out_proj" in refused.value.hint
+
+
+def test_a_family_has_only_its_own_modules():
+    with pytest.raises(InputError, match="mamba2 has no prunable module 'x_proj'"):
+        targets(MAMBA2, Prune(include=("x_proj",)))
+
+
+def test_nothing_left_is_refused():
+    with pytest.raises(InputError, match="Nothing is left"):
+        targets(MAMBA2, Prune(exclude=("in_proj", "out_proj")))
+
+
+def test_what_a_method_has_no_form_for_is_refused():
+    with pytest.raises(UnsupportedError, match="short convolution"):
+        targets(MAMBA, Prune(method="sparsegpt", include=("conv1d",)))
+    with pytest.raises(UnsupportedError, match="embeddings"):
+        targets(MAMBA, Prune(method="wanda", include=("embeddings",)))
+    assert "embeddings" in targets(MAMBA, Prune(method="magnitude", include=("embeddings",)))
+
+
+def test_a_tied_weight_is_named_once():
+    assert MAMBA.config.tie_word_embeddings
+    with pytest.raises(InputError, match="one tied weight"):
+        targets(MAMBA, Prune(method="magnitude", include=("embeddings", "lm_head")))

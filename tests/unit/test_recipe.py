@@ -1,0 +1,130 @@
+"""A recipe: defaults written out, unknown keys refused, every mistake told at once."""
+
+import pytest
+import yaml
+
+from ssmcompress.errors import RecipeError
+from ssmcompress.recipe import Calibration, Prune, Recipe, pruning, recipe
+
+
+def test_every_default_is_written_out():
+    made = pruning("ref:mamba", {})
+    assert yaml.safe_load(made.to_yaml()) == {
+        "model": "ref:mamba",
+        "seed": 0,
+        "backend": "auto",
+        "device": "cpu",
+        "dtype": "auto",
+        "calibrate": {"text": None, "split": None, "column": None, "mix": None, "windows": 64, "length": 512},
+        "steps": [
+            {
+                "step": "prune",
+                "method": "wanda",
+                "sparsity": 0.5,
+                "pattern": None,
+                "scope": None,
+                "include": [],
+                "exclude": [],
+                "modules": {},
+            }
+        ],
+    }
+
+
+def test_options_find_their_places():
+    made = pruning(
+        "m",
+        {
+            "method": "magnitude",
+            "include": ("in_proj",),
+            "calib": "text.jsonl",
+            "calib_mix": "recall",
+            "calib_split": "train",
+            "calib_column": "body",
+            "windows": 3,
+            "length": 7,
+            "seed": 5,
+            "backend": "torch",
+        },
+    )
+    assert made.calibrate == Calibration(
+        text="text.jsonl", split="train", column="body", mix="recall", windows=3, length=7
+    )
+    assert made.steps == (Prune(method="magnitude", include=("in_proj",)),)
+    assert (made.seed, made.backend) == (5, "torch")
+
+
+def test_yaml_comes_back_as_the_same_recipe():
+    made = pruning("m", {"modules": {"out_proj": 0.7}, "seed": 4})
+    assert recipe(**yaml.safe_load(made.to_yaml())) == made
+
+
+def test_the_hash_follows_what_is_said():
+    made = pruning("m", {})
+    assert made.sha256() == pruning("m", {"sparsity": 0.5, "seed": 0}).sha256()
+    assert len({pruning("m", {"seed": seed}).sha256() for seed in range(3)} | {made.sha256()}) == 3
+    assert made.sha256() != pruning("n", {}).sha256()
+
+
+@pytest.mark.parametrize("sparsity", [1.0, -0.1, 1.5, float("nan"), "half", None])
+def test_ratios_lie_in_the_half_open_interval(sparsity):
+    with pytest.raises(RecipeError, match="sparsity"):
+        pruning("m", {"sparsity": sparsity})
+    with pytest.raises(RecipeError, match=r"modules\.out_proj"):
+        pruning("m", {"modules": {"out_proj": sparsity}})
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "4:4", "0:4", "2-4", "2:4:8", ":", "2:", "a:b", "-2:4", "²:4", ""])
+def test_patterns_are_n_of_m(pattern):
+    with pytest.raises(RecipeError, match="N:M"):
+        pruning("m", {"pattern": pattern})
+
+
+def test_the_borders_are_allowed():
+    assert pruning("m", {"sparsity": 0}).steps[0].sparsity == 0
+    assert pruning("m", {"pattern": "1:16"}).steps[0].pattern == "1:16"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pattern": "2:4", "modules": {"in_proj": 0.5}}, "exclude one another"),
+        ({"pattern": "2:4", "scope": "row"}, "scope has no meaning with a pattern"),
+        ({"method": "sparsegpt", "scope": "tensor"}, "scope has no meaning with sparsegpt"),
+    ],
+)
+def test_options_that_contradict_one_another(options, words):
+    with pytest.raises(RecipeError, match=words):
+        pruning("m", options)
+
+
+def test_every_mistake_is_told_at_once():
+    with pytest.raises(RecipeError) as refused:
+        pruning("m", {"sparsity": 2, "method": "wnda", "windows": 0, "backend": "fast"})
+    message = refused.value.message
+    assert all(word in message for word in ("sparsity", "method", "calibrate.windows", "backend", "'wnda'"))
+    assert "steps" not in message and "pydantic" not in message and message.count("\n") == 0
+    assert refused.value.exit_code == 2
+
+
+def test_an_unknown_option_names_the_nearest():
+    with pytest.raises(RecipeError, match="'sparsty'") as refused:
+        pruning("m", {"sparsty": 0.5})
+    assert refused.value.hint == "Did you mean 'sparsity'?"
+
+
+def test_unknown_keys_are_refused_everywhere():
+    for fields in (
+        {"steps": [{"step": "prune", "ratio": 0.5}]},
+        {"steps": [], "calibrate": {"texts": "x"}},
+        {"steps": [], "sead": 1},
+        {"steps": [{"step": "distil"}]},
+    ):
+        with pytest.raises(RecipeError):
+            recipe(model="m", **fields)
+
+
+def test_a_recipe_does_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        pruning("m", {}).seed = 1
+    assert isinstance(pruning("m", {}), Recipe)
