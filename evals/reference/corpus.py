@@ -1,6 +1,6 @@
 """The text the reference checkpoints are trained on, and what is kept out of it: tokenizer, token files, hashes.
 
-    python evals/reference/corpus.py --data DIR --out BUILD
+python evals/reference/corpus.py --data DIR --out BUILD
 """
 
 import argparse

@@ -93,7 +93,9 @@ class _Ssd(torch.autograd.Function):
 
         grad_a = grad_log.double().flip(-1).cumsum(-1).flip(-1).float().transpose(2, 3).reshape(b, length, H)
         grad_x = (grad_xd * delta.to(half).view(b, c, Q, H, 1)).reshape(b, length, H, P)
-        grad_delta = (grad_xd * x.reshape(b, c, Q, H, P)).sum(-1, dtype=torch.float32).reshape(b, length, H) + grad_a * A
+        grad_delta = (grad_xd * x.reshape(b, c, Q, H, P)).sum(-1, dtype=torch.float32).reshape(
+            b, length, H
+        ) + grad_a * A
         return grad_x, grad_delta, (grad_a * delta).sum((0, 1)), grad_B.view(b, length, N), grad_C.view(b, length, N)
 
 

@@ -1,6 +1,6 @@
 """Writes a trained state as a checkpoint that stock transformers loads, and measures it from disk.
 
-    python evals/reference/publish.py mamba2 --corpus BUILD --work DIR [--data DIR]
+python evals/reference/publish.py mamba2 --corpus BUILD --work DIR [--data DIR]
 """
 
 import argparse
@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 
 import torch
+from corpus import HELD_OUT_NOVELS, novel
 from safetensors.torch import save_file
 from train import CONFIGS
 from transformers import AutoTokenizer, GenerationConfig
 
-from corpus import HELD_OUT_NOVELS, novel
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.checkpoint.source import load
 from ssmcompress.measure import text

@@ -1,6 +1,6 @@
 """Trains one reference checkpoint: memory first and from scratch, then text with a share of exercises; resumes where it was cut.
 
-    python evals/reference/train.py mamba2 --corpus BUILD --work DIR --minutes 80
+python evals/reference/train.py mamba2 --corpus BUILD --work DIR --minutes 80
 """
 
 import argparse
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from curriculum import COPIED, LOOKED_UP, TEXT, Curriculum
+from fast import TrainingBackend, VocabularyLoss
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Mamba2Config, MambaConfig, PreTrainedModel
 
-from curriculum import COPIED, LOOKED_UP, TEXT, Curriculum
-from fast import TrainingBackend, VocabularyLoss
 from ssmcompress import kernels
 from ssmcompress.arch.base import use_backend
 from ssmcompress.arch.registry import arch_for
@@ -55,7 +55,10 @@ class Settings:
     rate: float = 2.5e-3
     exercises: float = 0.12  # share of the rows once text has begun
     unfinished_exercises: float = 0.2  # the same while the curriculum is not finished
-    first_shape: tuple[int, int] = (16, 64)  # rows, length while lists are short: few exercises a row, few stale bindings
+    first_shape: tuple[int, int] = (
+        16,
+        64,
+    )  # rows, length while lists are short: few exercises a row, few stale bindings
     memory_shape: tuple[int, int] = (8, 128)
     shape: tuple[int, int] = (4, 512)
     muon_factor: float = 2.0  # of the rate

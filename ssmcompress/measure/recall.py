@@ -1,5 +1,6 @@
 """Memory as a score: how much of a random word sequence is copied, how many values are found by key (probes A1, A3)."""
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,7 @@ class Recall:
     standard_error: float
     chance: float
     log_probability: float
+    items_sha256: str
 
     @property
     def measurable(self) -> bool:
@@ -54,7 +56,7 @@ def copy_probe(model: nn.Module, vocabulary: Vocabulary, length: int, items: int
         gold = ids[:, asked + 1 : asked + 1 + length]
         right.append((scores.argmax(-1) == gold).float().mean(1))
         logp.append(scores.gather(-1, gold[..., None])[..., 0].mean(1))
-    return _summary("copy", length, right, logp, 1 / len(vocabulary.words))
+    return _summary("copy", length, rows, right, logp, 1 / len(vocabulary.words))
 
 
 def key_value_probe(
@@ -69,9 +71,9 @@ def key_value_probe(
         scores = logits[:, asked].log_softmax(-1)
         gold = ids[:, asked + 1, None]
         among = scores.gather(-1, ids[:, 2 : 3 * pairs + 1 : 3])
-        right.append((scores.gather(-1, gold) >= among.max(-1, keepdim=True).values)[:, 0].float())
+        right.append(((among >= scores.gather(-1, gold)).sum(-1) == 1).float())  # a tie is no answer
         logp.append(scores.gather(-1, gold)[:, 0])
-    return _summary("key-value", pairs, right, logp, 1 / pairs)
+    return _summary("key-value", pairs, rows, right, logp, 1 / pairs)
 
 
 def _rows(vocabulary: Vocabulary, exercises: list[Exercise]) -> np.ndarray:
@@ -88,10 +90,15 @@ def _batches(model: nn.Module, rows: np.ndarray, batch: int):  # type: ignore[no
         yield ids, model(ids, use_cache=False).logits.float()
 
 
-def _summary(probe: str, load: int, right: list[torch.Tensor], logp: list[torch.Tensor], chance: float) -> Recall:
+def _summary(
+    probe: str, load: int, rows: np.ndarray, right: list[torch.Tensor], logp: list[torch.Tensor], chance: float
+) -> Recall:
     hits = torch.cat(right).double()
     error = float(hits.std(correction=1) / math.sqrt(len(hits)))
-    return Recall(probe, load, len(hits), float(hits.mean()), error, chance, float(torch.cat(logp).double().mean()))
+    told = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+    return Recall(
+        probe, load, len(hits), float(hits.mean()), error, chance, float(torch.cat(logp).double().mean()), told
+    )
 
 
 def _generator(seed: int, probe: int, load: int) -> np.random.Generator:
