@@ -141,7 +141,8 @@ def _edit(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> tuple[list[Edit
     if windows is None:
         return found, None
     count, length = windows.ids.shape
-    return found, {"source": windows.source, "sha256": windows.sha256, "windows": count, "length": length}
+    source = Path(windows.source).name if Path(windows.source).exists() else windows.source  # a record holds no paths
+    return found, {"source": source, "sha256": windows.sha256, "windows": count, "length": length}
 
 
 def _calibration(checkpoint: Checkpoint, wanted: Calibration, seed: int) -> data.Windows:

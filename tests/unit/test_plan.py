@@ -1,0 +1,106 @@
+"""What a run would change, counted by hand."""
+
+import pytest
+import torch
+
+from ssmcompress import plan as plan_function
+from ssmcompress.arch.registry import arch_for
+from ssmcompress.edits import Mask
+from ssmcompress.errors import InputError, UnsupportedError
+from ssmcompress.events import Note, Table
+from ssmcompress.plan import expected_kept, records_of
+from ssmcompress.prune.apply import BLOCK
+from ssmcompress.prune.masks import n_of_m, unstructured
+from ssmcompress.prune.targets import Target
+from tests.unit.arch.models import CONFIGS
+from tests.unit.checkpoint import folders
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mamba")
+    folders.save("mamba", path)
+    return path
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (7, 33), (5, 3), (4, 300), (1, 1)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.77])
+def test_the_kept_share_is_that_of_the_masks(shape, sparsity):
+    torch.manual_seed(0)
+    score, size = torch.rand(shape), torch.Size(shape)
+    for scope in ("row", "tensor"):
+        found = expected_kept(size, "in_proj", Target(sparsity, None, scope), "wanda")
+        assert found == pytest.approx(float(unstructured(score, sparsity, scope).double().mean()))
+    blocks = [unstructured(part, sparsity, "tensor") for part in score.split(BLOCK, dim=1)]
+    found = expected_kept(size, "in_proj", Target(sparsity, None, "row"), "sparsegpt")
+    assert found == pytest.approx(float(torch.cat(blocks, dim=1).double().mean()))
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 5, 7, 8, 33])
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (1, 3)])
+def test_the_kept_share_of_a_pattern_counts_its_ragged_group(width, pattern):
+    found = expected_kept(torch.Size((6, width)), "in_proj", Target(0.5, pattern, "row"), "wanda")
+    assert found == pytest.approx(float(n_of_m(torch.rand(6, width), *pattern).double().mean()))
+
+
+def test_a_convolution_is_counted_as_it_is_pruned():
+    shape = torch.Size((64, 1, 4))
+    assert expected_kept(shape, "conv1d", Target(0.3, None, "tensor"), "wanda") == 1 - int(256 * 0.3) / 256
+    assert expected_kept(shape, "conv1d", Target(0.3, (1, 4), "tensor"), "wanda") == 0.25
+
+
+def test_the_counts_of_a_model(folder):
+    found = plan_function(str(folder), sparsity=0.25)
+    model = arch_for(CONFIGS["mamba"]).build()
+    assert found.params == sum(parameter.numel() for parameter in model.parameters())
+    assert found.weight_bytes == 4 * found.params
+    assert found.state_bytes == arch_for(CONFIGS["mamba"]).state_bytes() == 4 * 2 * 64 * (5 + 3)
+    rows = {"in_proj": (128, 32), "x_proj": (12, 64), "dt_proj": (64, 2), "out_proj": (32, 64)}
+    assert found.zeros == 2 * sum(out * int(width * 0.25) for out, width in rows.values())
+    statuses = {record.name: (record.status, record.reason) for record in found.tensors}
+    assert statuses["backbone.layers.1.mixer.x_proj.weight"] == ("pruned", "")
+    assert statuses["backbone.layers.0.mixer.conv1d.weight"] == ("kept", "not chosen")
+    assert statuses["backbone.layers.0.mixer.A_log"] == ("kept", "on purpose")
+    assert statuses["backbone.embeddings.weight"] == ("kept", "on purpose")
+
+
+def test_it_reads_no_weight_and_writes_nothing(folder, monkeypatch):
+    from ssmcompress.checkpoint.shards import Shards
+
+    def read(self, name):
+        raise AssertionError(f"{name} was read")
+
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(Shards, "__getitem__", read)
+    plan_function(str(folder))
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_it_refuses_what_prune_would_refuse(folder):
+    with pytest.raises(InputError, match="N:M"):
+        plan_function(str(folder), pattern="4:2")
+    with pytest.raises(InputError, match="zzz"):
+        plan_function(str(folder), include=("zzz",))
+    with pytest.raises(UnsupportedError):
+        plan_function(str(folder), method="sparsegpt", include=("conv1d",))
+
+
+def test_it_tells_what_changes_who_loads_it_and_what_is_covered(folder):
+    events = []
+    found = plan_function(str(folder), pattern="2:4", emit=events.append)
+    tables = {event.title: event for event in events if isinstance(event, Table)}
+    assert ("of them zero", "0", f"{found.zeros:,}") in tables["plan"].rows
+    kinds = {row[0]: row[2:] for row in tables["coverage"].rows}
+    assert kinds["mixer.in_proj.weight"] == ("pruned", "50.0%")
+    assert kinds["mixer.conv1d.weight"] == ("kept: not chosen", "100.0%")
+    notes = " ".join(event.text for event in events if isinstance(event, Note))
+    assert "transformers and ssmcompress" in notes and "neither" in notes
+
+
+def test_records_cover_every_tensor_once():
+    arch = arch_for(CONFIGS["mamba2"])
+    shapes = {name: parameter.shape for name, parameter in arch.build().named_parameters()}
+    mask = Mask("backbone.layers.0.mixer.in_proj.weight", torch.ones(1, dtype=torch.bool))
+    records = records_of(arch, shapes, {mask.tensor: 0.25})
+    assert [record.name for record in records] == list(shapes)
+    assert [(record.name, record.kept) for record in records if record.status == "pruned"] == [(mask.tensor, 0.25)]
