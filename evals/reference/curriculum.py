@@ -35,7 +35,7 @@ class Curriculum:
             self.accuracy[place] = 0.5
 
     def row(self, vocabulary: Vocabulary, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Exercises packed end to end, end-of-text between them: length + 1 ids, and the kind of each answer (else 0)."""
+        """Exercises packed, end-of-text between them: length + 1 ids, and the kind of each answer (else 0)."""
         ids, kinds = [0], [0]
         while len(ids) <= length:
             kind = LOOKED_UP if rng.random() < 0.6 else COPIED

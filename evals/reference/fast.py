@@ -1,4 +1,4 @@
-"""The two costly parts of a training step, with backward passes of their own: the Mamba-2 scan and the loss over the vocabulary."""
+"""The costly parts of a training step with backward passes of their own: Mamba-2 scan and loss over the vocabulary."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ class TrainingBackend(kernels.Backend):
 
 
 class _Ssd(torch.autograd.Function):
-    """Chunked scan in bfloat16 matrices with float32 exponents and states: x [b, L, H, P], delta [b, L, H], B, C [b, L, N]."""
+    """Chunked scan, bfloat16 matrices, float32 exponents, states: x [b, L, H, P], delta [b, L, H], B, C [b, L, N]."""
 
     @staticmethod
     def forward(ctx, x, delta, A, B, C):  # type: ignore[no-untyped-def]
@@ -100,7 +100,7 @@ class _Ssd(torch.autograd.Function):
 
 
 class VocabularyLoss(torch.autograd.Function):
-    """Mean cross-entropy of hidden [T, d] under a head [V, d], a few rows at a time so that logits stay in the cache."""
+    """Mean cross-entropy of hidden [T, d] under a head [V, d], a few rows at a time to stay in the cache."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, graded):  # type: ignore[no-untyped-def]

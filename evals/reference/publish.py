@@ -101,47 +101,62 @@ def _figures(score: Perplexity) -> dict[str, object]:
     return {key: values[key] for key in kept} | {"documents": len(score.documents)}
 
 
+CARD = """---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# ref:{family}
+
+A small {name} language model of {millions:.2f} million parameters, trained for ssmcompress: what its demo, tests and
+regression baselines compress. It knows some English prose, mostly of the nineteenth century, and has a memory that can
+be measured. It is too small to be useful for anything else.
+
+| text, kept out of training | bits per byte | token perplexity |
+|---|---|---|
+{likelihood}
+
+| memory | accuracy | standard error | chance | measurable |
+|---|---|---|---|---|
+{memory}
+
+`ssmcompress eval ref:{family} --perplexity wikipedia --recall` and `--perplexity novels` print the figures of the
+shipped texts and of memory, `evals/reference/publish.py` those of the whole novels. Computed in float32 from the
+stored weights. Windows of 512 tokens, each read after one end-of-text token; every byte is scored; 95 % bootstrap intervals
+over documents.
+
+Copying: greedy token accuracy on the second half of a random word sequence. Key-value: the right value ranks first
+among those in context; the key asked for is never the last. The exercises of training had this form and other seeds.
+
+Trained for {minutes:.0f} minutes on one CPU core ({steps:,} steps): memory exercises first, then novels, WikiText-2,
+C4, TinyStories and a few training questions of benchmarks, with a share of exercises. `evals/reference/README.md` has the
+scripts, data hashes and log. Weights are bfloat16 but for `A_log`, `D` and `dt_bias`, which are float32; load with
+`dtype=torch.float32` to compute as measured. Its training text is old fiction and web text, prejudices included.
+"""
+
+
 def card(family: str, record: dict) -> str:
     """The model card, with the figures just measured."""
-    sizes, measured, progress = record["sizes"], record["measured"], record["training"]
-    lines = [
-        "---",
-        "license: apache-2.0",
-        "language: en",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "---",
-        "",
-        f"# ref:{family}",
-        "",
-        f"A small {NAMES[family]} language model of {sizes['parameters'] / 1e6:.2f} million parameters, trained for ssmcompress:",
-        "what its demo, tests and regression baselines compress. It reads and writes simple English prose of the nineteenth century",
-        "and has a memory that can be measured. It is too small to be useful for anything else.",
-        "",
-        "| text, kept out of training | bits per byte | token perplexity |",
-        "|---|---|---|",
-    ]
-    for name, score in measured["likelihood"].items():
-        low, high = score["bits_per_byte_interval"]
-        interval = f" ({low:.3f} to {high:.3f})" if score["documents"] > 1 else ""
-        title = name.rsplit("_", 1)[0].replace("-", " ") + ", whole" if name in HELD_OUT_NOVELS else f"shipped `{name}`"
-        lines.append(f"| {title} | {score['bits_per_byte']:.3f}{interval} | {score['perplexity']:.2f} |")
-    lines += ["", "| memory | accuracy | standard error | chance | measurable |", "|---|---|---|---|---|"]
-    lines += [_row(Recall(**{k: v for k, v in probe.items() if k != "measurable"})) for probe in measured["memory"]]
-    lines += [
-        "",
-        f"Printed by `ssmcompress eval ref:{family} --perplexity wikipedia --recall` and `--perplexity novels`; the whole novels by",
-        "`evals/reference/publish.py`. Windows of 512 tokens, each read after one end-of-text token, every byte scored; 95 % bootstrap",
-        "intervals over documents. Copying: greedy token accuracy on the second half of a random word sequence. Key-value: the right",
-        "value ranks first among those in context, the key asked for is never the last. The exercises of training had this form, with",
-        "other seeds.",
-        "",
-        f"Trained for {progress['minutes']:.0f} minutes of one CPU core ({progress['step']:,} steps), memory exercises first, then novels, WikiText-2,",
-        "C4, TinyStories and a few benchmark training questions with a share of exercises: `evals/reference/README.md` has the script,",
-        "data hashes and log. Weights are bfloat16, `A_log`, `D` and `dt_bias` float32; load with `dtype=torch.float32` to compute as measured.",
-        "The training text is old fiction and web text and carries its prejudices.",
-    ]
-    return "\n".join(lines) + "\n"
+    measured, progress = record["measured"], record["training"]
+    memory = [Recall(**{k: v for k, v in probe.items() if k != "measurable"}) for probe in measured["memory"]]
+    return CARD.format(
+        family=family,
+        name=NAMES[family],
+        millions=record["sizes"]["parameters"] / 1e6,
+        likelihood="\n".join(_text_row(name, score) for name, score in measured["likelihood"].items()),
+        memory="\n".join(_row(probe) for probe in memory),
+        minutes=progress["minutes"],
+        steps=progress["step"],
+    )
+
+
+def _text_row(name: str, score: dict) -> str:
+    low, high = score["bits_per_byte_interval"]
+    interval = f" ({low:.3f} to {high:.3f})" if score["documents"] > 1 else ""
+    title = name.rsplit("_", 1)[0].replace("-", " ") + ", whole" if name in HELD_OUT_NOVELS else f"shipped `{name}`"
+    return f"| {title} | {score['bits_per_byte']:.3f}{interval} | {score['perplexity']:.2f} |"
 
 
 def _row(probe: Recall) -> str:

@@ -1,4 +1,4 @@
-"""Trains one reference checkpoint: memory first and from scratch, then text with a share of exercises; resumes where it was cut.
+"""Trains one reference checkpoint: memory first, then text with a share of exercises; resumes where it was cut.
 
 python evals/reference/train.py mamba2 --corpus BUILD --work DIR --minutes 80
 """
@@ -146,8 +146,8 @@ class Batches:
 def initialise(model: PreTrainedModel) -> None:
     """Unit-variance projections, and steps and decays that make a state readable from the start.
 
-    The published initialisation writes to the state with steps of 0.001 to 0.1: its read-out then starts far below the skip
-    path, and recall takes long to appear. Here steps are 0.05 to 0.5 and memories last 2 to 1,000 tokens.
+    The published initialisation writes to the state with steps of 0.001 to 0.1: its read-out then starts far below the
+    skip path, and recall takes long to appear. Here steps are 0.05 to 0.5 and memories last 2 to 1,000 tokens.
     """
     config = model.config
     with torch.no_grad():
@@ -164,7 +164,7 @@ def initialise(model: PreTrainedModel) -> None:
 
 
 class Optimiser:
-    """AdamW; once text has begun the projections of the blocks are left to Muon (Jordan, 2024), which learns more from each token."""
+    """AdamW; once text has begun the projections of the blocks are left to Muon (Jordan, 2024)."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.settings = settings

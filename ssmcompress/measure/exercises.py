@@ -1,4 +1,4 @@
-"""Memory exercises as token ids: copying word sequences and looking up values by key (Jelassi et al., 2024; Arora et al., 2024)."""
+"""Memory exercises as token ids: copying (Jelassi et al., 2024) and looking up values by key (Arora et al., 2024)."""
 
 import re
 from collections.abc import Iterator
@@ -40,8 +40,9 @@ class Vocabulary:
                 f"The tokenizer has {len(words)} whole words; the memory exercises need {KEYS + VALUES}.",
                 hint="Memory can be measured with byte-level BPE tokenizers of a few thousand entries or more.",
             )
-        marks = [tokenizer.encode(mark, add_special_tokens=False)[-1] for mark in (" =", "\n")]
-        return cls(words, words[:KEYS], words[KEYS : KEYS + VALUES], *marks, tokenizer.eos_token_id)
+        equals, newline = (tokenizer.encode(mark, add_special_tokens=False)[-1] for mark in (" =", "\n"))
+        values = words[KEYS : KEYS + VALUES]
+        return cls(words, words[:KEYS], values, equals, newline, tokenizer.eos_token_id)
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def key_value(
 ) -> Exercise:
     """`k₁ v₁ ⏎ … kₙ vₙ ⏎ = ⏎`, then `k v ⏎` for each query: 3·(pairs + queries) + 2 tokens.
 
-    Keys and values are drawn without replacement from the first `keys` of each. The first query is never the last pair, which
-    a short memory would find, unless `last_first` allows it.
+    Keys and values are drawn without replacement from the first `keys` of each. The first query is never the last pair,
+    which a short memory would find, unless `last_first` allows it.
     """
     key = rng.choice(vocabulary.keys[:keys], pairs, replace=False)
     value = rng.choice(vocabulary.values[:keys], pairs, replace=False)

@@ -64,7 +64,7 @@ def test_a_checkpoint_is_trained(name: str):
     assert copy_probe(checkpoint.model, words, 12, 32, seed=0).accuracy > 0.9
     assert key_value_probe(checkpoint.model, words, 4, 64, seed=0).accuracy > 0.85
     novels = text.documents("novels")[::12]
-    assert perplexity(checkpoint.model, checkpoint.tokenizer, novels).bits_per_byte < 1.9
+    assert perplexity(checkpoint.model, checkpoint.tokenizer, novels).bits_per_byte < 2.2
 
 
 def test_the_tokenizer_reads_every_text_back():
