@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssmcompress.errors import BackendError, UnsupportedError
+from ssmcompress.errors import BackendError, InputError, UnsupportedError
 from ssmcompress.kernels import library, reference
+from ssmcompress.kernels.jobs import ConvJob, ScanJob, SsdJob, fill
 
 LIMITS = {"LANES": 64, "SPAN": 16, "MAX_TAPS": 8, "MAX_STATES": 256}
 LANES, SPAN, MAX_TAPS, MAX_STATES = LIMITS.values()
+PORTABLE = "The torch kernels run everywhere: `--backend torch`."
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
@@ -36,8 +38,11 @@ def conv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, left: Tensor | None = None, silu: bool = True
 ) -> Tensor:
     """Causal depthwise convolution, then SiLU: x [B, L, C], weight [C, K ≤ 8], left [B, C, K-1] → [B, L, C]."""
-    if weight.shape[1] > MAX_TAPS:
-        raise UnsupportedError(f"The native convolution takes at most {MAX_TAPS} taps, not {weight.shape[1]}.")
+    (batch, _, width), taps = x.shape, weight.shape[1]
+    _limit("taps", taps, MAX_TAPS)
+    _expect((width, taps), weight=weight)
+    _expect((width,), bias=bias)
+    _expect((batch, width, taps - 1), left=left)
     dtype = _memory_type(x)
     past = None if left is None else left.to(dtype).transpose(1, 2).contiguous()
     inputs = _ConvInputs(_inner(x.to(dtype)), weight.float().contiguous(), _floats(bias), past)
@@ -85,7 +90,7 @@ def selective_step(
     y = torch.empty_like(inputs.u, memory_format=torch.contiguous_format)
     sizes = {"batch": u.shape[0], "length": 1, "width": u.shape[1], "size": A.shape[1]}
     with _in_place(state) as last:
-        _run("ssm_scan_step", _ScanJob, _common(y.dtype) | sizes | inputs._asdict() | {"y": y, "last": last})
+        _run("ssm_scan_step", ScanJob, _common(y.dtype) | sizes | inputs._asdict() | {"y": y, "last": last})
     return y.to(u.dtype)
 
 
@@ -106,15 +111,21 @@ def ssd_step(
         y, last = reference.ssd(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, dt_bias, dt_limit, before)
         state.copy_(last)
         return y[:, 0]
-    batch, heads, width, size = state.shape
-    _check_states(size)
+    (batch, heads, width, size), groups = state.shape, B.shape[1]
+    _limit("states", size, MAX_STATES)
+    _expect((batch, heads, width), x=x)
+    _expect((batch, heads), dt=dt)
+    _expect((heads,), A=A, D=D, dt_bias=dt_bias)
+    _expect((batch, groups, size), B=B, C=C)
+    if heads % groups:
+        raise InputError(f"{heads} heads cannot be shared out to {groups} groups.")
     dtype = _memory_type(x, dt, B, C)
     rows = {name: _inner(row.to(dtype)) for name, row in (("x", x), ("dt", dt), ("B", B), ("C", C))}
-    sizes = {"batch": batch, "heads": heads, "width": width, "size": size, "groups": B.shape[1]}
+    sizes = {"batch": batch, "heads": heads, "width": width, "size": size, "groups": groups}
     vectors = {"A": _floats(A), "D": _floats(D), "dt_bias": _floats(dt_bias), "low": dt_limit[0], "high": dt_limit[1]}
     y = x.new_empty(batch, heads, width, dtype=dtype)
     with _in_place(state) as work:
-        _run("ssm_ssd_step", _SsdJob, _common(dtype) | sizes | rows | vectors | {"y": y, "state": work})
+        _run("ssm_ssd_step", SsdJob, _common(dtype) | sizes | rows | vectors | {"y": y, "state": work})
     return y.to(x.dtype)
 
 
@@ -136,7 +147,7 @@ def _conv_fields(inputs: _ConvInputs, silu: bool) -> dict[str, Any]:
 
 def _conv_forward(inputs: _ConvInputs, silu: bool, used: ctypes.CDLL | None = None) -> Tensor:
     y = torch.empty_like(inputs.x, memory_format=torch.contiguous_format)
-    _run("ssm_conv_forward", _ConvJob, _conv_fields(inputs, silu) | {"y": y}, used)
+    _run("ssm_conv_forward", ConvJob, _conv_fields(inputs, silu) | {"y": y}, used)
     return y
 
 
@@ -150,7 +161,7 @@ def _conv_backward(
     to_weight, to_bias = weight.new_empty(x.shape[0], *weight.shape), weight.new_empty(x.shape[0], weight.shape[0])
     gradients = {"grad_x": to_x, "grad_left": to_left, "grad_weight": to_weight, "grad_bias": to_bias}
     fields = _conv_fields(inputs, silu) | {"grad_y": _inner(grad_y)} | gradients
-    _run("ssm_conv_backward", _ConvJob, fields, used)
+    _run("ssm_conv_backward", ConvJob, fields, used)
     return to_x, to_weight.sum(0), None if bias is None else to_bias.sum(0), to_left
 
 
@@ -185,7 +196,12 @@ class _ScanInputs(NamedTuple):
 def _ready(given: _ScanInputs) -> _ScanInputs:
     """What C reads: the sequences in one memory type with their channels contiguous, the rest in float32."""
     u, dt, A, B, C, D, z, dt_bias, state = given
-    _check_states(A.shape[1])
+    outer, (width, size) = u.shape[:-1], A.shape
+    _limit("states", size, MAX_STATES)
+    _expect((*outer, width), u=u, dt=dt, z=z)
+    _expect((*outer, size), B=B, C=C)
+    _expect((width,), D=D, dt_bias=dt_bias)
+    _expect((outer[0], width, size), state=state)
     dtype = _memory_type(u, dt, B, C, z)
     gate = None if z is None else _inner(z.to(dtype))
     u, dt, B, C = (_inner(u.to(dtype)), _inner(dt.to(dtype)), _inner(B.to(dtype)), _inner(C.to(dtype)))
@@ -209,7 +225,7 @@ def _scan_forward(
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(inputs.u, memory_format=torch.contiguous_format)
     last = inputs.A.new_empty(inputs.u.shape[0], *inputs.A.shape)
-    _run("ssm_scan_forward", _ScanJob, _scan_fields(inputs) | {"y": y, "last": last, "saved": saved}, used)
+    _run("ssm_scan_forward", ScanJob, _scan_fields(inputs) | {"y": y, "last": last, "saved": saved}, used)
     return y, last
 
 
@@ -232,7 +248,7 @@ def _scan_backward(
     fields = _scan_fields(inputs) | {"saved": saved, "scratch": scratch}
     fields |= {"grad_y": grad_y, "grad_u": to_u, "grad_dt": to_dt, "grad_z": to_z, "grad_last": _floats(grad_last)}
     fields |= {"grad_A": to_A, "grad_state": to_state, "grad_D": to_D, "grad_dt_bias": to_bias}
-    _run("ssm_scan_backward", _ScanJob, fields | {"grad_B": to_B, "grad_C": to_C}, used)
+    _run("ssm_scan_backward", ScanJob, fields | {"grad_B": to_B, "grad_C": to_C}, used)
     shared_B, shared_C = to_B.sum(1).to(u.dtype), to_C.sum(1).to(u.dtype)
     gradients = (to_u, to_dt, to_A.sum(0), shared_B, shared_C, to_D.sum(0), to_z, to_bias.sum(0), to_state)
     return tuple(None if given is None else found for given, found in zip(inputs, gradients, strict=True))
@@ -254,67 +270,15 @@ class _Scan(torch.autograd.Function):
         return _scan_backward(_ScanInputs(*inputs), saved, grad_y, grad_last)
 
 
-# ---- tensors as C sees them ----
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("time", ctypes.c_int64)]
-
-
-def _layout(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
-    return [(name, kind) for kind, names in groups for name in names.split()]
-
-
-class _ConvJob(ctypes.Structure):
-    _fields_ = _layout(
-        (ctypes.c_int64, "batch length width bf16 threads taps silu"),
-        (_Rows, "x left y"),
-        (ctypes.c_void_p, "weight bias"),
-        (_Rows, "grad_y grad_x grad_left"),
-        (ctypes.c_void_p, "grad_weight grad_bias"),
-    )
-
-
-class _ScanJob(ctypes.Structure):
-    _fields_ = _layout(
-        (ctypes.c_int64, "batch length width bf16 threads size"),
-        (_Rows, "u dt B C z y"),
-        (ctypes.c_void_p, "A D dt_bias state last saved"),
-        (_Rows, "grad_y grad_u grad_dt grad_z"),
-        (ctypes.c_void_p, "grad_last grad_A grad_state grad_D grad_dt_bias grad_B grad_C scratch"),
-    )
-
-
-class _SsdJob(ctypes.Structure):
-    _fields_ = _layout(
-        (ctypes.c_int64, "batch heads width bf16 threads size groups"),
-        (_Rows, "x dt B C y"),
-        (ctypes.c_void_p, "A D dt_bias state"),
-        (ctypes.c_float, "low high"),
-    )
-
-
-JOBS = (_ConvJob, _ScanJob, _SsdJob)
-WALKED = frozenset(name for job in JOBS for name, kind in job._fields_ if kind is _Rows)
+# ---- calls ----
 
 
 def _run(function: str, kind: type[ctypes.Structure], fields: dict[str, Any], used: ctypes.CDLL | None = None) -> None:
-    """Calls a C function; of tensors it sees the address, and the strides of those it walks row by row."""
     if used is None:
         used, reason = _library()
         if used is None:
-            raise BackendError(f"The native kernels cannot be used: {reason}.", hint="Use `--backend torch`.")
-    job = kind()
-    for name, value in fields.items():
-        if isinstance(value, Tensor):
-            value = _rows(value) if name in WALKED else value.data_ptr()
-        if value is not None:
-            setattr(job, name, value)
-    used[function](ctypes.byref(job))
-
-
-def _rows(tensor: Tensor) -> _Rows:
-    return _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+            raise BackendError(f"The native kernels cannot be used: {reason}.", hint=PORTABLE)
+    used[function](ctypes.byref(fill(kind, fields)))
 
 
 def _common(dtype: torch.dtype) -> dict[str, Any]:
@@ -338,9 +302,17 @@ def _differentiated(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _check_states(size: int) -> None:
-    if size > MAX_STATES:
-        raise UnsupportedError(f"The native kernels take at most {MAX_STATES} states, not {size}.")
+def _expect(shape: tuple[int, ...], **tensors: Tensor | None) -> None:
+    """C trusts what it is told, so every shape is looked at before; InputError names the tensor."""
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.shape != shape or tensor.device.type != "cpu"):
+            found = f"{list(tensor.shape)} on {tensor.device.type}"
+            raise InputError(f"{name} is {found}, but the native kernel needs {list(shape)} on cpu.")
+
+
+def _limit(what: str, number: int, most: int) -> None:
+    if number > most:
+        raise UnsupportedError(f"The native kernels take at most {most} {what}, not {number}.", hint=PORTABLE)
 
 
 @contextmanager

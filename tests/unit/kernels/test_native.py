@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssmcompress.errors import UnsupportedError
+from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.kernels import library, native, reference
 from tests.unit.kernels import cases
 
@@ -243,6 +243,23 @@ def test_what_is_too_wide_is_refused():
         native.selective_scan(**floats(cases.scan_inputs(1, 2, 3, 257)))
     with pytest.raises(UnsupportedError, match="8 taps"):
         native.conv(**floats(cases.conv_inputs(1, 2, 3, 9)))
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name():
+    scan, window = floats(cases.scan_inputs(2, 3, 5, 4)), floats(cases.conv_inputs(2, 3, 5, 4))
+    for name in ("u", "dt", "B", "C", "D", "z", "dt_bias", "state"):
+        with pytest.raises(InputError, match=f"^{name} is"):
+            native.selective_scan(**(scan | {name: scan[name][..., 1:]}))
+    for name in ("weight", "bias", "left"):
+        with pytest.raises(InputError, match=f"^{name} is"):
+            native.conv(**(window | {name: window[name][1:]}))
+    inputs = floats(cases.ssd_inputs(2, 1, 4, 3, 2, 5))
+    state, row = inputs["state"], at(inputs, 0, ("x", "dt", "B", "C"))
+    for name in row:
+        with pytest.raises(InputError, match=f"^{name} is"):
+            native.ssd_step(state, **(row | {name: row[name][..., 1:]}))
+    with pytest.raises(InputError, match="4 heads"):
+        native.ssd_step(state, **(row | {name: torch.ones(2, 3, 5) for name in ("B", "C")}))
 
 
 def test_a_library_that_computes_something_else_is_refused(monkeypatch, tmp_path):
