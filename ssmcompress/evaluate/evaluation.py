@@ -1,12 +1,14 @@
 """The verb `eval`: likelihood and memory of a checkpoint, to the terminal and to summary.json."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from ssmcompress.arch.base import mixers
 from ssmcompress.checkpoint.output import output
-from ssmcompress.checkpoint.source import Checkpoint, load
+from ssmcompress.checkpoint.source import Checkpoint, load, resolve
 from ssmcompress.errors import BackendError, InputError
 from ssmcompress.evaluate.results import Summary
 from ssmcompress.events import Emit, Finished, Metric, Note, Table, ignore
@@ -34,25 +36,27 @@ def evaluate(
 ) -> Summary:
     """Measures a checkpoint as it lies on disk; with `out`, summary.json and the scores of every document are kept.
 
-    Raises InputError for a model without a tokenizer or a text that cannot be read.
+    Raises InputError for a model without a tokenizer, a text that cannot be read, or an output that exists.
     """
     documents = text.documents(perplexity, limit) if perplexity else []
-    checkpoint = load(model, dtype=compute_dtype(dtype, device), device=device, backend=backend)
-    tokenizer = required_tokenizer(checkpoint)
-    used = checkpoint.model.dtype
-    names = next(iter(checkpoint.arch.blocks(checkpoint.model))).mixer.backend.names(device, used)
-    likelihood = memory = None
-    if documents:
-        settings: dict[str, Any] = {"length": length, "batch": batch_size, "seed": seed}
-        likelihood = score(checkpoint.model, tokenizer, documents, **settings, emit=emit)
-        tell_perplexity(likelihood, emit)
-    if recall:
-        memory = probes.recall(checkpoint.model, tokenizer, seed=seed)
-        tell_recall(memory, emit)
-    summary = Summary.of(checkpoint, likelihood, memory, text=perplexity, seed=seed, backend=names, dtype=str(used))
-    if out is not None:
-        with output(out, overwrite=overwrite) as folder:
+    source = resolve(model)
+    with nullcontext() if out is None else output(out, overwrite=overwrite, source=source) as folder:
+        checkpoint = load(source, dtype=compute_dtype(dtype, device), device=device, backend=backend)
+        tokenizer = required_tokenizer(checkpoint)
+        used = checkpoint.model.dtype
+        names = next(mixers(checkpoint.model)).backend.names(device, used)
+        likelihood = memory = None
+        if documents:
+            settings: dict[str, Any] = {"length": length, "batch": batch_size, "seed": seed}
+            likelihood = score(checkpoint.model, tokenizer, documents, **settings, emit=emit)
+            tell_perplexity(likelihood, emit)
+        if recall:
+            memory = probes.recall(checkpoint.model, tokenizer, seed=seed)
+            tell_recall(memory, emit)
+        summary = Summary.of(checkpoint, likelihood, memory, text=perplexity, seed=seed, backend=names, dtype=str(used))
+        if folder is not None:
             summary.write(folder, likelihood)
+    if out is not None:
         emit(Finished(str(out)))
     return summary
 

@@ -40,6 +40,8 @@ SOMEWHERE = {
     "1:3, ragged": {"method": "magnitude", "pattern": "1:3"},
     "everything": {"method": "wanda", "include": ("in_proj", "conv1d", "out_proj")},
     "all but one": {"method": "wanda", "exclude": ("out_proj",)},
+    "head": {"method": "wanda", "include": ("lm_head", "out_proj")},
+    "embeddings": {"method": "magnitude", "sparsity": 0.3, "include": ("embeddings",)},
     "ratios": {"method": "wanda", "sparsity": 0.25, "modules": {"out_proj": 0.75, "conv1d": 0.1}},
 }
 CASES = [(name, case) for case in EVERYWHERE for name in MODELS] + [
@@ -116,7 +118,8 @@ def test_only_the_chosen_modules_are_touched(pruned):
     arch = ssmcompress.load(source).arch
     chosen = set(options.get("include") or (*arch.projections, *options.get("modules", ())))
     chosen -= set(options.get("exclude", ()))
-    expected = {arch.weight(layer, module) for layer in range(arch.layers) for module in chosen}
+    expected = {arch.weight(layer, module) for layer in range(arch.layers) for module in chosen - set(arch.outer)}
+    expected |= {arch.outer_weight(module) for module in chosen & set(arch.outer)}
     assert {edit.tensor for edit in result.edits} == expected
 
 

@@ -1,0 +1,123 @@
+"""The verb `eval` as a function: what it measures, with what, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import ssmcompress
+from ssmcompress.checkpoint.source import load
+from ssmcompress.errors import BackendError, InputError, UnsupportedError
+from ssmcompress.evaluate import evaluation
+from ssmcompress.evaluate.evaluation import compute_dtype
+from ssmcompress.evaluate.results import Summary
+from ssmcompress.events import Finished, Metric
+from ssmcompress.measure.perplexity import DocumentScore, paired_difference, perplexity
+from tests.unit.checkpoint import folders
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mamba2")
+    folders.save("mamba2", path, tokenizer=True)
+    folders.narrow(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    texts = [" ".join(f"w{(i * k) % 59}" for i in range(20 + 9 * k)) for k in range(1, 6)]
+    path.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+    return str(path)
+
+
+def test_the_figures_are_those_of_the_model_on_disk(folder, documents):
+    found = ssmcompress.evaluate(folder, perplexity=documents, length=16)
+    checkpoint = load(folder, dtype=torch.float32)
+    texts = [json.loads(line)["text"] for line in Path(documents).read_text().splitlines()]
+    expected = perplexity(checkpoint.model, checkpoint.tokenizer, texts, length=16)
+    assert found.bits_per_byte == expected.bits_per_byte
+    assert found.bits_per_byte_interval == expected.bits_per_byte_interval
+    assert (found.text, found.length, found.seed) == ("texts.jsonl", 16, 0)
+
+
+def test_a_cpu_computes_in_float32_unless_told(folder, documents):
+    assert ssmcompress.evaluate(folder, perplexity=documents).dtype == "torch.float32"
+    assert ssmcompress.evaluate(folder, perplexity=documents, dtype="bfloat16").dtype == "torch.bfloat16"
+    assert compute_dtype("auto", "cpu") == torch.float32
+    assert compute_dtype("float16", "cpu") == torch.float16
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:x", "meta", "mps", ""])
+def test_a_device_there_is_no_such_kind_of(device):
+    with pytest.raises(InputError, match="device"):
+        compute_dtype("auto", device)
+
+
+def test_a_device_that_this_machine_does_not_have():
+    with pytest.raises(BackendError, match="cuda:99"):
+        compute_dtype("float32", "cuda:99")
+
+
+def test_the_kernels_are_recorded(folder, documents):
+    assert set(ssmcompress.evaluate(folder, perplexity=documents, backend="reference").backend.values()) == {
+        "reference"
+    }
+
+
+def test_documents_are_kept_for_paired_tests(folder, documents, tmp_path):
+    events = []
+    summary = ssmcompress.evaluate(folder, perplexity=documents, out=tmp_path / "a", emit=events.append)
+    ssmcompress.evaluate(folder, perplexity=documents, out=tmp_path / "b", batch_size=1)
+    rows = [
+        [DocumentScore(**json.loads(line)) for line in (tmp_path / name / "documents.jsonl").read_text().splitlines()]
+        for name in "ab"
+    ]
+    assert paired_difference(rows[0], rows[0]) == (0.0, 0.0, 0.0)
+    difference, low, high = paired_difference(*rows)
+    assert low <= difference <= high and abs(difference) < 1e-6
+    assert Summary.model_validate_json((tmp_path / "a" / "summary.json").read_text()) == summary
+    assert events[-1] == Finished(str(tmp_path / "a"))
+    assert [event.name for event in events if isinstance(event, Metric)] == ["bits per byte", "token perplexity"]
+
+
+def test_fewer_documents_are_the_first_ones(folder, documents):
+    some = ssmcompress.evaluate(folder, perplexity=documents, limit=2)
+    assert some.text_sha256 != ssmcompress.evaluate(folder, perplexity=documents).text_sha256
+
+
+def test_a_model_without_a_tokenizer_is_refused(documents, tmp_path):
+    folders.save("mamba", tmp_path / "bare")
+    with pytest.raises(InputError, match="no tokenizer"):
+        ssmcompress.evaluate(str(tmp_path / "bare"), perplexity=documents)
+
+
+def test_memory_cannot_be_measured_with_any_tokenizer(folder, tmp_path):
+    with pytest.raises(UnsupportedError, match="whole words"):
+        ssmcompress.evaluate(folder, perplexity=None, recall=True, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_exists_is_refused(folder, documents, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        ssmcompress.evaluate(folder, perplexity=documents, out=tmp_path)
+    with pytest.raises(InputError, match="does not look like"):
+        ssmcompress.evaluate(folder, perplexity=documents, out=tmp_path, overwrite=True)
+
+
+def test_an_output_that_exists_is_refused_before_the_model_is_read(folder, documents, tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("mine")
+    monkeypatch.setattr(evaluation, "load", lambda *_, **__: pytest.fail("the model was read"))
+    with pytest.raises(InputError, match="exists already"):
+        ssmcompress.evaluate(folder, perplexity=documents, out=tmp_path)
+
+
+def test_the_model_is_never_replaced_by_its_own_results(documents, tmp_path):
+    folders.save("mamba2", tmp_path / "model", tokenizer=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with pytest.raises(InputError, match="holds the model"):
+        ssmcompress.evaluate(str(tmp_path / "model"), perplexity=documents, out=tmp_path / "model", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before

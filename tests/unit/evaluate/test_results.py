@@ -1,0 +1,37 @@
+"""summary.json: versioned, typed, and nothing unknown in it."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from ssmcompress.evaluate.results import Summary
+
+LEAST = {
+    "model": "m",
+    "model_sha256": {},
+    "versions": {},
+    "backend": {},
+    "dtype": "torch.float32",
+    "seed": 0,
+    "params": 1,
+    "weight_bytes": 4,
+    "state_bytes": 0,
+}
+
+
+def test_what_was_not_measured_is_null():
+    found = json.loads(Summary(**LEAST).model_dump_json())
+    assert found["schema_version"] == 1
+    assert found["bits_per_byte"] is None and found["perplexity_interval"] is None and found["recall"] == []
+
+
+def test_unknown_fields_and_versions_are_refused():
+    for wrong in ({"schema_version": 2}, {"bits_per_bite": 1.0}, {"params": "many"}):
+        with pytest.raises(ValidationError):
+            Summary(**LEAST | wrong)
+
+
+def test_it_comes_back_from_json():
+    made = Summary(**LEAST, bits_per_byte=1.5, bits_per_byte_interval=(1.4, 1.6), recall=({"probe": "copy"},))
+    assert Summary.model_validate_json(made.model_dump_json()) == made
