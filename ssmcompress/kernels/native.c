@@ -37,13 +37,14 @@ typedef struct {
     int64_t batch, length, width, bf16, threads, size;
     rows u, dt, B, C, z, y;                // z may be null
     const float *A, *D, *dt_bias, *state;  // [width, size]; [width], [width], [batch, width, size] or null
-    float *last, *saved;                   // [batch, width, size]; states before each span [task, span, size, LANES] or null
+    float *last;                           // [batch, width, size]
+    float *saved;                          // states before each span [task, span, size, LANES] or null
     rows grad_y, grad_u, grad_dt, grad_z;
     const float *grad_last;        // or null
     float *grad_A, *grad_state;    // [batch, width, size]
     float *grad_D, *grad_dt_bias;  // [batch, width]
     float *grad_B, *grad_C;        // [task, length, size]
-    float *scratch;                // [thread, 2 SPAN + 4, size, LANES]
+    float *scratch;                // [thread, 2 SPAN + 4, size, LANES]: what scan_backward keeps
 } scan_job;
 
 typedef struct {
@@ -245,7 +246,7 @@ void ssm_conv_backward(const conv_job *job) { run(conv_backward, job, job->batch
 
 // ---- selective scan ----
 
-typedef struct {  // raw = dt + dt_bias, delta = softplus(raw), inflow = delta u; y starts as D u; g is the gradient of y
+typedef struct {  // raw = dt + dt_bias, delta = softplus(raw), inflow = delta u; y starts as D u; g: gradient of y
     plane u ALIGNED, raw ALIGNED, delta ALIGNED, inflow ALIGNED, z ALIGNED, y ALIGNED, g ALIGNED;
     float B[MAX_STATES], C[MAX_STATES];
 } token;
