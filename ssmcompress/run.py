@@ -28,7 +28,7 @@ from ssmcompress.measure.perplexity import Perplexity, paired_difference, perple
 from ssmcompress.plan import coverage, tell_coverage
 from ssmcompress.prune.apply import find_edits
 from ssmcompress.prune.targets import targets
-from ssmcompress.recipe import Calibration, PruneOptions, Recipe, pruning
+from ssmcompress.recipe import PruneOptions, Recipe, pruning
 
 EDITS, RECIPE, MEASURED, EVENTS = "edits.safetensors", "recipe.yaml", "measured.json", "events.jsonl"
 EXERCISE_TOKENS = 30  # of the shorter ones on average
@@ -73,8 +73,9 @@ def run(
         with JsonLines(folder / EVENTS) as journal:
             tell = fan(emit, journal)
             checkpoint = _load(source, recipe, tell)
+            windows = _calibration(checkpoint, recipe)
             before = _measure(checkpoint, tell, "before") if measure else None
-            found, calibration = _edit(checkpoint, recipe, tell)
+            found, calibration = _edit(checkpoint, recipe, windows, tell), _described(windows)
             editing.save(found, folder / EDITS, {"recipe": recipe.to_yaml(), "calibration": json.dumps(calibration)})
             verification = _write(checkpoint, found, folder)
             after = _measure(_reload(folder, recipe), tell, "after") if measure else None
@@ -130,22 +131,27 @@ def _reload(folder: Path, recipe: Recipe) -> Checkpoint:
     )
 
 
-def _edit(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> tuple[list[Edit], dict[str, Any] | None]:
-    windows = None
+def _edit(checkpoint: Checkpoint, recipe: Recipe, windows: data.Windows | None, tell: Emit) -> list[Edit]:
     dtypes = {name: checkpoint.stored.dtype(name) for name in checkpoint.stored}
-    if any(step.method != "magnitude" for step in recipe.steps):
-        windows = _calibration(checkpoint, recipe.calibrate, recipe.seed)
     ids = None if windows is None else windows.ids.to(recipe.device)
     made = [find_edits(checkpoint.model, checkpoint.arch, step, ids, dtypes, tell) for step in recipe.steps]
-    found = editing.compose(*made)
+    return editing.compose(*made)
+
+
+def _described(windows: data.Windows | None) -> dict[str, Any] | None:
+    """The calibration tokens for records, which hold no paths."""
     if windows is None:
-        return found, None
+        return None
     count, length = windows.ids.shape
-    source = Path(windows.source).name if Path(windows.source).exists() else windows.source  # a record holds no paths
-    return found, {"source": source, "sha256": windows.sha256, "windows": count, "length": length}
+    source = Path(windows.source).name if Path(windows.source).exists() else windows.source
+    return {"source": source, "sha256": windows.sha256, "windows": count, "length": length}
 
 
-def _calibration(checkpoint: Checkpoint, wanted: Calibration, seed: int) -> data.Windows:
+def _calibration(checkpoint: Checkpoint, recipe: Recipe) -> data.Windows | None:
+    """The tokens that statistics are taken from; None where no step needs them."""
+    if all(step.method == "magnitude" for step in recipe.steps):
+        return None
+    wanted, seed = recipe.calibrate, recipe.seed
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         raise InputError(

@@ -59,6 +59,13 @@ def test_a_module_that_cannot_be_pruned_is_refused_before_the_model_is_read(
     assert not list(tmp_path.iterdir())
 
 
+def test_calibration_that_cannot_be_used_is_refused_before_anything_is_measured(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "perplexity", lambda *_, **__: pytest.fail("the model was measured"))
+    with pytest.raises(InputError, match="nowhere"):
+        ssmcompress.prune(str(folder), out=tmp_path / "out", calib="./nowhere.txt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_output_that_exists_is_refused_before_the_model_is_read(folder, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("mine")
     monkeypatch.setattr(runner, "load", lambda *_, **__: pytest.fail("the model was read"))
