@@ -7,7 +7,7 @@ import torch
 
 from ssmcompress.checkpoint.source import load
 from ssmcompress.errors import InputError
-from ssmcompress.evaluate.evaluation import compute_dtype, required_tokenizer
+from ssmcompress.evaluate.evaluation import compute_dtype, require_seed, required_tokenizer
 from ssmcompress.events import Emit, Table, ignore
 
 
@@ -38,6 +38,7 @@ def generate(
     """
     if not prompt:
         raise InputError("The prompt is empty.", hint='Give some text: --prompt "Once upon a time".')
+    require_seed(seed)
     found = []
     for name in [model] if against is None else [model, against]:
         checkpoint = load(name, dtype=compute_dtype(dtype, device), device=device, backend=backend)

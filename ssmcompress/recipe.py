@@ -65,7 +65,7 @@ class Recipe(_Strict):
     """A whole run, every default written out."""
 
     model: str
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     backend: Literal["auto", "native", "torch", "cuda", "reference"] = "auto"
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -38,6 +38,7 @@ def evaluate(
 
     Raises InputError for a model without a tokenizer, a text that cannot be read, or an output that exists.
     """
+    require_seed(seed)
     documents = text.documents(perplexity, limit) if perplexity else []
     source = resolve(model)
     with nullcontext() if out is None else output(out, overwrite=overwrite, source=source) as folder:
@@ -82,6 +83,12 @@ def _known_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendError(f"This machine has no device {name!r}.", hint="Run `ssmcompress doctor`.")
     return device
+
+
+def require_seed(seed: int) -> None:
+    """InputError for a number that no generator takes."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"The seed {seed} is out of range.", hint="Give a whole number of at least 0.")
 
 
 def required_tokenizer(checkpoint: Checkpoint) -> Any:

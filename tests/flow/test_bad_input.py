@@ -72,6 +72,8 @@ def snapshot(folder):
         ("--scope row --pattern 2:4", "scope has no meaning"),
         ("--scope row --method sparsegpt", "scope has no meaning"),
         ("--windows 0", "--windows"),
+        ("--seed -1", "seed"),
+        ("--seed 9223372036854775808", "seed"),
         ("--length 0", "--length"),
         ("--backend fast", "fast"),
         ("--dtype float8", "float8"),
@@ -84,6 +86,12 @@ def test_wrong_options(refused, models, text, tmp_path, options, words):
     given = ["--calib", text, "--windows", 4, "--length", 32, *options.split()]
     said = refused(2, "prune", models["mamba2"], *given, "--no-eval", "--out", tmp_path / "out")
     assert words in said
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_seeds_that_no_generator_takes(refused, models, text, seed):
+    assert "seed" in refused(2, "eval", models["mamba"], "--perplexity", text, "--seed", seed)
+    assert "seed" in refused(2, "generate", models["mamba"], "--prompt", "bak", "--seed", seed)
 
 
 def test_sparsegpt_of_the_convolution_is_not_supported(refused, models, tmp_path):
