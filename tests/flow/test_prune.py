@@ -14,6 +14,7 @@ from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import resolve
 from ssmcompress.measure import text
 from tests.flow.conftest import FAMILIES, MODELS
+from tests.unit.checkpoint.folders import edit_json
 
 WRITTEN = {
     "README.md",
@@ -149,6 +150,18 @@ def test_the_journal_tells_every_layer_and_ends_before_the_rename(pruned):
     events = [json.loads(line) for line in (result.folder / "events.jsonl").read_text().splitlines()]
     layers = [event["layer"] for event in events if event["event"] == "layer_done"]
     assert layers == list(range(source.config().num_hidden_layers))
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_config_that_makes_stock_rescale_changes_nothing(models, small, tmp_path, name):
+    """Stock transformers divides every out_proj it loads where the config says so; what is written says it no more."""
+    marked = tmp_path / "marked"
+    shutil.copytree(models[name], marked)
+    edit_json(marked / "config.json", rescale_prenorm_residual=True)
+    plain = ssmcompress.prune(models[name], out=tmp_path / "plain", **small).folder
+    found = ssmcompress.prune(str(marked), out=tmp_path / "found", **small).folder
+    assert (found / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    assert (found / "config.json").read_bytes() == (plain / "config.json").read_bytes()
 
 
 def test_measuring_prints_and_keeps_both_figures(models, small, tmp_path, run, monkeypatch):
