@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmcompress.kernels import reference
+from ssmcompress.kernels.chunks import ChunkScan
 
 SCAN_CHUNK = 16
 SSD_CHUNK = 64
@@ -85,7 +86,7 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """Mamba-2 scan by chunks: x [B, L, H, P], dt [B, L, H], A [H], B, C [B, L, G, N] → y, state (Mamba-2, §6).
 
-    The cumulative sums are float64: their differences are exponents, and float32 loses digits there.
+    Matrices are multiplied in the dtype of x (:class:`chunks.ChunkScan`).
     """
     with torch.autocast(x.device.type, enabled=False):
         batch, length, heads, width = x.shape
@@ -103,18 +104,18 @@ def ssd(
             padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, pad)) if pad else tensor
             return padded.reshape(batch, -1, chunk, *shape)
 
-        # b batch, c chunk, q position in the chunk, g group, r head in its group, p channel, n state
-        xb = blocks(x, groups, heads // groups, width).permute(0, 1, 3, 4, 2, 5)
-        db = blocks(delta, groups, heads // groups).permute(0, 1, 3, 4, 2)
-        Bb = blocks(B, groups, size).transpose(2, 3)
-        Cb = blocks(C, groups, size).transpose(2, 3)
-        log_decay = torch.cumsum((db * A.to(work).view(groups, -1, 1)).double(), dim=-1)
-
-        y, state = _ssd_blocks(xb, db, Bb, Cb, log_decay, state.to(work).view(batch, groups, -1, width, size))
-        y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, width)[:, :length]
+        y, state = ChunkScan.apply(
+            blocks(x, groups, heads // groups, width),
+            blocks(delta, groups, heads // groups),
+            A.to(work).view(groups, -1),
+            blocks(B, groups, size),
+            blocks(C, groups, size),
+            state.to(work).view(batch, groups, -1, width, size),
+        )
+        y = y.reshape(batch, -1, heads, width)[:, :length]
         if D is not None:
-            y = y + D.to(work)[:, None] * x
-        return y.to(x.dtype), state.reshape(batch, heads, width, size)
+            y = torch.addcmul(y, x, D.to(x.dtype)[:, None])
+        return y, state.reshape(batch, heads, width, size)
 
 
 def ssd_step(
@@ -137,32 +138,6 @@ def ssd_step(
 def accumulator(tensor: Tensor) -> torch.dtype:
     """The dtype sums are kept in: float64 for float64 input, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _ssd_blocks(
-    x: Tensor, delta: Tensor, B: Tensor, C: Tensor, log_decay: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Within a chunk as masked attention, between chunks by the state: x [b, c, g, r, q, p], B, C [b, c, g, q, n]."""
-    work = delta.dtype
-    chunk = x.shape[-2]
-    total = log_decay[..., -1:]
-    apart = (log_decay[..., :, None] - log_decay[..., None, :]).to(work)
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    # masked before exp: above the diagonal the exponent is positive and may overflow
-    decay = apart.masked_fill(later, float("-inf")).exp_()
-    scores = (C @ B.transpose(-1, -2)).to(work)[:, :, :, None] * decay * delta[..., None, :]
-    y = (scores.to(x.dtype) @ x).to(work)
-
-    into = (total - log_decay).to(work).exp_() * delta
-    added = (x * into[..., None]).transpose(-1, -2) @ B.to(work)[:, :, :, None]
-    carry = total.to(work).exp()[..., None]
-    before = []
-    for c in range(x.shape[1]):
-        before.append(state)
-        state = torch.addcmul(added[:, c], carry[:, c], state)
-    states = torch.stack(before, dim=1)
-    out = C.to(work)[:, :, :, None] @ states.transpose(-1, -2)
-    return torch.addcmul(y, out, log_decay.to(work).exp()[..., None]), state
 
 
 class _Scan(torch.autograd.Function):
