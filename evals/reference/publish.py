@@ -124,16 +124,16 @@ be measured. It is too small to be useful for anything else.
 
 `ssmcompress eval ref:{family} --perplexity wikipedia --recall` and `--perplexity novels` print the figures of the
 shipped texts and of memory, `evals/reference/publish.py` those of the whole novels. Computed in float32 from the
-stored weights. Windows of 512 tokens, each read after one end-of-text token; every byte is scored; 95 % bootstrap intervals
-over documents.
+stored weights. Windows of 512 tokens, each read after one end-of-text token; every byte is scored; 95 % bootstrap
+intervals over documents.
 
 Copying: greedy token accuracy on the second half of a random word sequence. Key-value: the right value ranks first
 among those in context; the key asked for is never the last. The exercises of training had this form and other seeds.
 
 Trained for {minutes:.0f} minutes on one CPU core ({steps:,} steps): memory exercises first, then novels, WikiText-2,
-C4, TinyStories and a few training questions of benchmarks, with a share of exercises. `evals/reference/README.md` has the
-scripts, data hashes and log. Weights are bfloat16 but for `A_log`, `D` and `dt_bias`, which are float32; load with
-`dtype=torch.float32` to compute as measured. Its training text is old fiction and web text, prejudices included.
+C4, TinyStories and a few training questions of benchmarks, with a share of exercises. `evals/reference/README.md` has
+the scripts, data hashes and log. Weights are bfloat16 but for `A_log`, `D` and `dt_bias`, which are float32; load
+with `dtype=torch.float32` to compute as measured. Its training text is old fiction and web text, prejudices included.
 """
 
 
