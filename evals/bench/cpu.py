@@ -1,6 +1,6 @@
 """Our CPU path against stock transformers, side by side in one process: forward, training step, WANDA, peak memory.
 
-python evals/bench/cpu.py [--threads 1] [--repeats 3] [--quick] [--keep]
+python evals/bench/cpu.py [--threads 1] [--repeats 2] [--quick] [--keep]
 """
 
 import argparse
@@ -58,8 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints, and keeps the tables where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that all of it runs")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny shape, to see that all of it runs; its aims mean nothing"
+    )
     parser.add_argument("--keep", action="store_true", help="write results-cpu.md")
     given = parser.parse_args(arguments)
     bench = QUICK if given.quick else Bench(repeats=given.repeats)
