@@ -83,3 +83,16 @@ def test_make_targets_of_the_readme_exist(readme):
 def test_the_files_it_links_to_exist(readme):
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", readme) if "://" not in link]
     assert [link for link in links if link and not (ROOT / link).exists()] == []
+
+
+def test_its_generated_parts_are_current(readme):
+    made = subprocess.run(
+        [sys.executable, "-c", "import sys, readme; sys.stdout.write(readme.filled(sys.stdin.read()))"],
+        input=readme,
+        cwd=ROOT / "evals",
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert made.stdout == readme, "run: python evals/readme.py"

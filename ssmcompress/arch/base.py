@@ -102,6 +102,12 @@ class Arch(ABC):
         """The tensor name of a prunable module's weight."""
         return f"{self.prefix(layer)}mixer.{module}.weight"
 
+    def rows(self, module: str, **where: int) -> tuple[Slice, ...]:
+        """The same cut through the rows of a module's weight and, where the config gives it one, its bias."""
+        biased = self.config.use_conv_bias if module == "conv1d" else self.config.use_bias
+        names = ("weight", "bias") if biased else ("weight",)
+        return tuple(Slice(f"mixer.{module}.{name}", 0, **where) for name in names)
+
     def outer_weight(self, module: str) -> str:
         """The tensor name of the embeddings or the head, which is the embeddings' where the two are tied."""
         tied = module == "embeddings" or self.config.tie_word_embeddings

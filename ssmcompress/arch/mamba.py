@@ -101,10 +101,9 @@ class Mamba(Arch):
         """Channel, state and dt_rank; the state's index is shared by all channels of a layer."""
         width, size, rank = self._sizes()
         channel = (
-            Slice("mixer.in_proj.weight", 0),
-            Slice("mixer.in_proj.weight", 0, offset=width),
-            Slice("mixer.conv1d.weight", 0),
-            *((Slice("mixer.conv1d.bias", 0),) if self.config.use_conv_bias else ()),
+            *self.rows("in_proj"),
+            *self.rows("in_proj", offset=width),
+            *self.rows("conv1d"),
             Slice("mixer.x_proj.weight", 1),
             Slice("mixer.dt_proj.weight", 0),
             Slice("mixer.dt_proj.bias", 0),

@@ -75,23 +75,18 @@ class Mamba2(Arch):
         """Head, head_channel (the same index in every head) and state (the same index in every group, for B and C)."""
         heads, width, groups, size = self._sizes()
         inner = heads * width
-        bias = self.config.use_conv_bias
-
-        def conv(**where: int) -> tuple[Slice, ...]:
-            weight = Slice("mixer.conv1d.weight", 0, **where)
-            return (weight, Slice("mixer.conv1d.bias", 0, **where)) if bias else (weight,)
 
         def inner_units(**where: int) -> tuple[Slice, ...]:
             return (
-                Slice("mixer.in_proj.weight", 0, **where),
-                Slice("mixer.in_proj.weight", 0, **{**where, "offset": inner}),
-                *conv(**where),
+                *self.rows("in_proj", **where),
+                *self.rows("in_proj", **where, offset=inner),
+                *self.rows("conv1d", **where),
                 Slice("mixer.norm.weight", 0, **where),
                 Slice("mixer.out_proj.weight", 1, **where),
             )
 
         per_head = (
-            Slice("mixer.in_proj.weight", 0, offset=2 * inner + 2 * groups * size),
+            *self.rows("in_proj", offset=2 * inner + 2 * groups * size),
             Slice("mixer.dt_bias", 0),
             Slice("mixer.A_log", 0),
             Slice("mixer.D", 0),
@@ -99,7 +94,7 @@ class Mamba2(Arch):
         states: tuple[Slice, ...] = ()
         for start in (inner, inner + groups * size):  # B, then C; in_proj has z before them
             where = {"period": size, "repeats": groups}
-            states += (Slice("mixer.in_proj.weight", 0, offset=inner + start, **where), *conv(offset=start, **where))
+            states += self.rows("in_proj", offset=inner + start, **where) + self.rows("conv1d", offset=start, **where)
         return {
             "head": Axis("head", heads, inner_units(width=width) + per_head, None),
             "head_channel": Axis("head_channel", width, inner_units(period=width, repeats=heads), None),
