@@ -1,6 +1,6 @@
 """The picture of the README: how far each layer's output moves when half of its weights are zeroed.
 
-    python evals/figure.py
+python evals/figure.py
 """
 
 import tempfile

@@ -21,12 +21,19 @@ WAYS: dict[str, dict[str, Any]] = {
     "magnitude 50 %": {"method": "magnitude"},
     "magnitude 50 %, by row": {"method": "magnitude", "scope": "row"},
     "WANDA 50 %": {"method": "wanda"},
+    "WANDA 50 %, by tensor": {"method": "wanda", "scope": "tensor"},
     "WANDA 50 %, recall in calibration": {"method": "wanda", "calib_mix": "recall"},
     "WANDA 2:4": {"method": "wanda", "pattern": "2:4"},
     "SparseGPT 50 %": {"method": "sparsegpt"},
     "SparseGPT 2:4": {"method": "sparsegpt", "pattern": "2:4"},
 }
-RIVALS = ("magnitude 50 %", "magnitude 50 %, by row")
+CONTESTS = (
+    ("magnitude 50 %", "WANDA 50 %"),
+    ("magnitude 50 %, by row", "WANDA 50 %"),
+    ("magnitude 50 %", "WANDA 50 %, by tensor"),
+    ("WANDA 50 %", "SparseGPT 50 %"),
+    ("WANDA 50 %", "WANDA 2:4"),
+)
 COLUMNS = ("", "bits per byte", "against dense", "copy 20", "2 pairs", "4 pairs", "8 pairs")
 
 
@@ -42,18 +49,19 @@ class Measured:
 def main() -> None:
     """Measures, prints, and keeps the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--demo", type=Path)
-    folder = parser.parse_args().demo
+    options = parser.parse_args()
     with Terminal() as tell:
-        if folder:
-            demo(folder, tell)
+        if options.demo:
+            demo(options.demo, tell)
             return
-        results = {model: measure(model, tell) for model in MODELS}
-        for model, found in results.items():
+        for model in options.models:
+            found = measure(model, tell)
             tell(Table(f"ref:{model}", COLUMNS, tuple(rows(found))))
             for sentence in verdicts(found):
                 tell(Note(sentence))
-    keep(results)
+            keep(model, found)
 
 
 def measure(model: str, tell: Emit) -> list[Measured]:
@@ -84,26 +92,23 @@ def rows(found: list[Measured]) -> list[tuple[str, ...]]:
 def verdicts(found: list[Measured]) -> list[str]:
     """WANDA against its rivals and the pattern against the free choice, each paired on the same documents."""
     by_way = {each.way: each.documents for each in found}
-    pairs = [(rival, "WANDA 50 %") for rival in RIVALS] + [("WANDA 50 %", "WANDA 2:4")]
     sentences = []
-    for first, second in pairs:
+    for first, second in CONTESTS:
         change, low, high = paired_difference(by_way[first], by_way[second])
         sentences.append(f"{second} minus {first}: {change:+.4f} bits per byte [{low:+.4f}, {high:+.4f}].")
     return sentences
 
 
-def keep(results: dict[str, list[Measured]]) -> None:
-    """Writes the summaries as JSON and the tables as Markdown."""
+def keep(model: str, found: list[Measured]) -> None:
+    """Writes the summaries as JSON and the table as Markdown."""
     target = HERE / "results"
     target.mkdir(exist_ok=True)
-    parts = []
-    for model, found in results.items():
-        content = {each.way: each.summary for each in found} | {"verdicts": verdicts(found)}
-        (target / f"quality-{model}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(found)]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts.append(f"### ref:{model}\n\n{table}\n\n" + "\n".join(f"- {each}" for each in verdicts(found)))
-    (target / "quality.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    content = {each.way: each.summary for each in found} | {"verdicts": verdicts(found)}
+    (target / f"quality-{model}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(found)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    said = "\n".join(f"- {each}" for each in verdicts(found))
+    (target / f"quality-{model}.md").write_text(f"### ref:{model}\n\n{table}\n\n{said}\n", encoding="utf-8")
 
 
 def demo(folder: Path, tell: Emit) -> None:

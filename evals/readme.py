@@ -1,6 +1,6 @@
 """Fills the generated parts of README.md: the support matrix from the registry, the tables from evals/results.
 
-    python evals/readme.py
+python evals/readme.py
 """
 
 import re
@@ -20,7 +20,8 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """The text with what stands between its `<!-- name -->` and `<!-- end -->` marks made anew."""
-    parts = {"support": support_matrix(), "quality": _kept("quality.md"), "bench": _kept("bench.md")}
+    quality = "\n\n".join(_kept(f"quality-{model}.md") for model in ("mamba", "mamba2"))
+    parts = {"support": support_matrix(), "quality": quality}
     for name, content in parts.items():
         mark = rf"(?s)(<!-- {name} -->\n).*?(<!-- end -->)"
         text = re.sub(mark, lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)

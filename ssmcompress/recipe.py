@@ -125,6 +125,17 @@ def pruning(model: str, options: PruneOptions) -> Recipe:
     return recipe(model=model, calibrate=calibrate, steps=[step], **rest)
 
 
+def parse(text: str) -> Recipe:
+    """The recipe of a YAML text; RecipeError where it is none."""
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The recipe is not YAML: {error}.") from None
+    if not isinstance(fields, dict):
+        raise RecipeError("The recipe is not a mapping.")
+    return recipe(**fields)
+
+
 def recipe(**fields: Any) -> Recipe:
     """A recipe from plain values; RecipeError tells every mistake at once."""
     try:

@@ -28,7 +28,7 @@ from ssmcompress.measure.perplexity import Perplexity, paired_difference, perple
 from ssmcompress.plan import coverage, tell_coverage
 from ssmcompress.prune.apply import find_edits
 from ssmcompress.prune.targets import targets
-from ssmcompress.recipe import PruneOptions, Recipe, pruning
+from ssmcompress.recipe import PruneOptions, Recipe, parse, pruning
 
 EDITS, RECIPE, MEASURED, EVENTS = "edits.safetensors", "recipe.yaml", "measured.json", "events.jsonl"
 EXERCISE_TOKENS = 30  # of the shorter ones on average
@@ -80,7 +80,7 @@ def run(
             verification = _write(checkpoint, found, folder)
             after = _measure(_reload(folder, recipe), tell, "after") if measure else None
             _compare(before, after, tell)
-        _record(folder, "prune", checkpoint, found, recipe.to_yaml(), calibration, verification, (before, after))
+        _record(folder, "prune", checkpoint, found, recipe, calibration, verification, (before, after))
     tell_coverage(coverage(checkpoint.arch, checkpoint.stored, found), emit)
     emit(Finished(str(out)))
     return Result(Path(out), tuple(found), before, after)
@@ -101,7 +101,8 @@ def apply(
     """
     loaded = editing.load(Path(edits))
     source = resolve(model)
-    recipe, calibration = loaded.metadata.get("recipe", ""), json.loads(loaded.metadata.get("calibration", "null"))
+    recipe = parse(loaded.metadata.get("recipe", ""))
+    calibration = _told(loaded.metadata.get("calibration", "null"))
     with output(out, overwrite=overwrite, source=source) as folder:
         with JsonLines(folder / EVENTS) as journal:
             tell = fan(emit, journal)
@@ -114,6 +115,13 @@ def apply(
         _record(folder, "apply", checkpoint, loaded.items, recipe, calibration, verification)
     emit(Finished(str(out)))
     return Path(out)
+
+
+def _told(text: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise InputError("The edits say nothing readable of their calibration.", hint="Make them again.") from None
 
 
 def _load(source: Source, recipe: Recipe, tell: Emit) -> Checkpoint:
@@ -227,25 +235,26 @@ def _record(
     verb: str,
     checkpoint: Checkpoint,
     found: Sequence[Edit],
-    recipe: str,
+    recipe: Recipe,
     calibration: dict[str, Any] | None,
     verification: Verification,
     measured: tuple[Perplexity | None, Perplexity | None] = (None, None),
 ) -> None:
-    (folder / RECIPE).write_text(recipe, encoding="utf-8")
+    (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     before, after = measured
     measures: list[card.Measure] = []
     if before is not None and after is not None:
         change, low, high = paired_difference(before.documents, after.documents)
         kept = {"before": before.to_dict(), "after": after.to_dict(), "change": change, "interval": (low, high)}
         (folder / MEASURED).write_text(json.dumps(kept) + "\n", encoding="utf-8")
-        interval = f"{after.bits_per_byte_interval[0]:.3f} to {after.bits_per_byte_interval[1]:.3f}"
-        measures.append(card.Measure("bits per byte", before.bits_per_byte, after.bits_per_byte, interval))
-        measures.append(card.Measure("token perplexity", before.perplexity, after.perplexity))
+        told = f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"
+        measures.append(card.Measure("bits per byte", before.bits_per_byte, after.bits_per_byte, told))
     record = manifest.write(
         folder,
         verb=verb,
         source=checkpoint.source,
+        seed=recipe.seed,
+        recipe_sha256=recipe.sha256(),
         verification=verification,
         backend=_kernels(checkpoint.model, checkpoint.model.device),
         calibration=calibration,
@@ -256,7 +265,7 @@ def _record(
         title=f"{checkpoint.source.label}, pruned",
         summary=_summary(found),
         manifest=record,
-        recipe=recipe,
+        recipe=recipe.to_yaml(),
         measures=measures,
         measured_on="the first 512 tokens of each of 62 Wikipedia pages (the test split of WikiText-2)",
         license=card.license_of(checkpoint.source),

@@ -1,6 +1,6 @@
-"""Cuts the shipped texts from the corpora they come from, none of them in the training text of the reference checkpoints.
+"""Cuts the shipped texts from their corpora; the reference checkpoints were trained on none of them.
 
-    python evals/data/cut.py --data DIR
+python evals/data/cut.py --data DIR
 """
 
 import argparse

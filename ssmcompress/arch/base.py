@@ -148,6 +148,8 @@ class Mixer(nn.Module):
         if cache is not None and cache.has_previous_state(self.layer_idx):
             left = cast(Tensor, cache.get_conv_state(self.layer_idx))[..., 1:]
             state = cache.get_recurrent_state(self.layer_idx)
+            if torch.is_grad_enabled():  # the cache changes in place what the backward still needs
+                state = state.clone()
         if state is None and self.initial_state is not None:
             state = self.initial_state.expand(batch, *self.initial_state.shape).clone()
         return left, state

@@ -17,10 +17,11 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
         hidden_states: Tensor,
         cache_params: Cache | None = None,
         attention_mask: Tensor | None = None,
+        padding: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Hidden states [B, L, d] → [B, L, d]; the cache, where given, is read and brought up to date."""
-        mask = real_positions(attention_mask, hidden_states.shape[1])
+        mask = real_positions(attention_mask if padding is None else padding, hidden_states.shape[1])
         left, state = self.recall(cache_params, hidden_states.shape[0])
         self.tap("in_proj", hidden_states)
         sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
@@ -54,12 +55,21 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
         return y.reshape(batch, length, self.intermediate_size)
 
 
+class Mamba2Model(stock.Mamba2Model):
+    """Stock `Mamba2Model` that keeps the mask of a single token too, which may be padding."""
+
+    def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The stock forward; every mixer is handed the mask as it came."""
+        return super().forward(*args, attention_mask=attention_mask, padding=attention_mask, **kwargs)
+
+
 class Mamba2ForCausalLM(stock.Mamba2ForCausalLM):
     """Stock `Mamba2ForCausalLM` with our mixer in every block."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         adopt(self.backbone.layers, Mamba2Mixer)
+        self.backbone.__class__ = Mamba2Model
 
 
 class Mamba2(Arch):

@@ -27,7 +27,7 @@ class Walk:
     modules: tuple[str, ...]
     collect: Callable[[int], Moment]
     edit: EditBlock
-    batch: int = 8
+    batch: int = 1  # windows at a time: on a CPU one is the fastest and takes the least memory
 
     @torch.no_grad()
     def run(self, model: nn.Module, arch: Arch, windows: Tensor, emit: Emit = ignore) -> list[Tensor]:
@@ -43,7 +43,8 @@ class Walk:
             started = time.perf_counter()
             statistics, dense = self._observe(layer, block, hidden)
             kept = self.edit(layer, block, statistics)
-            hidden = [block(rows) for rows in hidden]
+            for i, rows in enumerate(hidden):
+                hidden[i] = block(rows)
             error = float((hidden[0] - dense).norm() / dense.norm())
             emit(LayerDone(layer, arch.layers, time.perf_counter() - started, error, kept))
         return hidden
@@ -59,7 +60,9 @@ class Walk:
                 statistics[module].add(x)
 
         with observe(cast(Mixer, block.mixer), watch):
-            outputs = [block(rows) for rows in (hidden if self.modules else hidden[:1])]
+            first = block(hidden[0])
+            for rows in hidden[1:] if self.modules else ():
+                block(rows)
         silent = [module for module in self.modules if module not in statistics]
         if silent:
             raise UnsupportedError(
@@ -68,4 +71,4 @@ class Walk:
             )
         for module, statistic in statistics.items():
             statistic.require_fired(f"{module} of layer {layer}")
-        return statistics, outputs[0]
+        return statistics, first

@@ -20,7 +20,7 @@ MASKS = (
 
 @dataclass(frozen=True)
 class Measure:
-    """A number before and after, with its 95 % interval after (or of the difference) as text where there is one."""
+    """A number before and after, and the change with its paired 95 % interval as text where there is one."""
 
     name: str
     before: float
@@ -103,7 +103,7 @@ def _measured(measures: Sequence[Measure], measured_on: str) -> str:
         (measure.name, number(measure.before), number(measure.after), measure.interval or "–") for measure in measures
     ]
     caption = f"Measured on {measured_on}." if measured_on else ""
-    table = _table(("measure", "before", "after", "95 % interval"), rows)
+    table = _table(("measure", "before", "after", "change [paired 95 % interval]"), rows)
     return "\n\n".join(part for part in ("## Measured", caption, table) if part)
 
 

@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import errno
+import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +19,8 @@ from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
 from ssmcompress.errors import InputError, ResourceError, SsmcompressError
 
-OURS = (
-    "ssmcompress.json",
-    "config.json",
-    "adapter_config.json",
-    "summary.json",
-)  # one of them marks a folder as an output
-MARKER = ".recipe"  # in an unfinished folder: the hash of the recipe that may go on with it
+OURS = ("ssmcompress.json", "summary.json")  # with a schema_version, one of them marks a folder as an output
+MARKER = ".recipe"  # marks an unfinished folder as ours: the hash of the recipe that may go on with it, if any
 CARRIED = (
     "generation_config.json",
     "tokenizer*",
@@ -44,6 +41,7 @@ LACKING = {
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
     errno.EFBIG: "the file is too large for this disk",
+    errno.ENAMETOOLONG: "the name is too long",
 }
 
 
@@ -69,6 +67,7 @@ def output(
         final.parent.mkdir(parents=True, exist_ok=True)
         with _lock(final):
             if aside.exists():  # a run was killed between its last two renames
+                _require_ours(aside)
                 shutil.rmtree(aside) if final.exists() else aside.rename(final)
             _permit(final, overwrite, source)
             _prepare(partial, recipe_hash if resumable else "")
@@ -150,25 +149,49 @@ def _permit(final: Path, overwrite: bool, source: Source | None) -> None:
         return
     if not overwrite:
         raise InputError(f"{final} exists already.", hint="Choose another --out, or replace it with --overwrite.")
-    if not final.is_dir() or not any((final / name).exists() for name in OURS):
-        raise InputError(
-            f"{final} does not look like something ssmcompress wrote, and is not replaced.",
-            hint="Choose another --out, or remove it yourself.",
-        )
+    _require_ours(final)
+
+
+def _require_ours(folder: Path) -> None:
+    """InputError unless ssmcompress wrote the folder: a config.json alone may be anybody's."""
+    for name in OURS:
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            if isinstance(found, dict) and "schema_version" in found:
+                return
+    raise InputError(
+        f"{folder} does not look like something ssmcompress wrote, and is not replaced.",
+        hint="Choose another --out, or remove it yourself.",
+    )
 
 
 def _prepare(partial: Path, resume: str) -> None:
     marker = partial / MARKER
+    if partial.exists() and any(partial.iterdir()) and not marker.exists():
+        raise InputError(
+            f"{partial} is in the way: it is no unfinished output.", hint="Move it away, or choose another --out."
+        )
     if resume and marker.exists() and marker.read_text() == resume:
         return
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
-    if resume:
-        marker.write_text(resume)
+    marker.write_text(resume)
+
+
+def _open_up(folder: Path) -> None:
+    """Gives every file the mode the umask grants: safetensors writes its own for the owner alone."""
+    probe = folder / ".mode"
+    probe.touch(mode=0o666)
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _replace(final: Path, partial: Path, aside: Path) -> None:
+    _open_up(partial)
     for path in partial.rglob("*"):
         _sync(path)
     _sync(partial)
@@ -189,7 +212,8 @@ def _replace(final: Path, partial: Path, aside: Path) -> None:
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network disks cannot sync a folder
+        # some network disks cannot sync a folder
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
             os.fsync(handle)
     finally:
         os.close(handle)

@@ -25,17 +25,17 @@ class Backend:
     def __repr__(self) -> str:
         return f"Backend({self.name!r})"
 
-    def conv(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def conv(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Causal depthwise convolution and SiLU (:func:`reference.conv`)."""
-        return self._kernel("conv", x)(x, *args, **kwargs)
+        return self._kernel("conv", x, weight.shape[1])(x, weight, *args, **kwargs)
 
-    def selective_scan(self, u: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def selective_scan(self, u: Tensor, dt: Tensor, A: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Mamba-1 scan (:func:`reference.selective_scan`)."""
-        return self._kernel("selective_scan", u)(u, *args, **kwargs)
+        return self._kernel("selective_scan", u, A.shape[1])(u, dt, A, *args, **kwargs)
 
     def selective_step(self, state: Tensor, u: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One token of the Mamba-1 scan, state changed in place (:func:`reference.selective_step`)."""
-        return self._kernel("selective_step", u)(state, u, *args, **kwargs)
+        return self._kernel("selective_step", u, state.shape[-1])(state, u, *args, **kwargs)
 
     def ssd(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Mamba-2 scan (:func:`reference.ssd`)."""
@@ -43,15 +43,18 @@ class Backend:
 
     def ssd_step(self, state: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One token of the Mamba-2 scan, state changed in place (:func:`reference.ssd_step`)."""
-        return self._kernel("ssd_step", x)(state, x, *args, **kwargs)
+        return self._kernel("ssd_step", x, state.shape[-1])(state, x, *args, **kwargs)
 
     def names(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
         """The implementation each kernel resolves to on this device and dtype, for records."""
         device = torch.device(device).type
         return {kernel: label(self._module(kernel, device, dtype)) for kernel in KERNELS}
 
-    def _kernel(self, kernel: str, tensor: Tensor) -> Callable[..., Any]:
-        return getattr(self._module(kernel, tensor.device.type, tensor.dtype), kernel)
+    def _kernel(self, kernel: str, tensor: Tensor, size: int = 0) -> Callable[..., Any]:
+        module = self._module(kernel, tensor.device.type, tensor.dtype)
+        if module is native and self.name == "auto" and size > native.MOST.get(kernel, size):
+            module = cpu
+        return getattr(module, kernel)
 
     def _module(self, kernel: str, device: str, dtype: torch.dtype) -> ModuleType:
         if self.name == "reference":

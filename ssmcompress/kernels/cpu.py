@@ -3,6 +3,9 @@
 They run on every device and dtype torch has, sum in float32 (float64 for float64 input) and carry state in and out.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +50,8 @@ def selective_scan(
     delta = F.softplus(dt.to(work) if dt_bias is None else dt.to(work) + dt_bias.to(work))
     if state is None:
         state = wide.new_zeros(u.shape[0], *A.shape)
-    y, state = _Scan.apply(wide, delta, A.to(work), B.to(work), C.to(work), state.to(work))
+    with _exact(u):
+        y, state = _Scan.apply(wide, delta, A.to(work), B.to(work), C.to(work), state.to(work))
     if D is not None:
         y = y + D.to(work) * wide
     if z is not None:
@@ -88,13 +92,13 @@ def ssd(
 
     Matrices are multiplied in the dtype of x (:class:`chunks.ChunkScan`).
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with _exact(x):
         batch, length, heads, width = x.shape
         groups, size = B.shape[2:]
         work = accumulator(x)
         if state is None:
             state = torch.zeros(batch, heads, width, size, dtype=work, device=x.device)
-        if length == 0:
+        if x.numel() == 0:
             return torch.zeros_like(x), state
         delta = reference.step_size(dt.to(work), dt_bias, dt_limit)
         chunk = min(SSD_CHUNK, length)
@@ -138,6 +142,12 @@ def ssd_step(
 def accumulator(tensor: Tensor) -> torch.dtype:
     """The dtype sums are kept in: float64 for float64 input, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _exact(tensor: Tensor) -> AbstractContextManager[Any]:
+    """No autocast inside; some devices (meta) have none to switch off."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 class _Scan(torch.autograd.Function):

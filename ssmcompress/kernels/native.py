@@ -18,6 +18,7 @@ from ssmcompress.kernels.jobs import ConvJob, ScanJob, SsdJob, fill
 
 LIMITS = {"LANES": 64, "SPAN": 16, "MAX_TAPS": 8, "MAX_STATES": 256}
 LANES, SPAN, MAX_TAPS, MAX_STATES = LIMITS.values()
+MOST = {"conv": MAX_TAPS, "selective_scan": MAX_STATES, "selective_step": MAX_STATES, "ssd_step": MAX_STATES}
 PORTABLE = "The torch kernels run everywhere: `--backend torch`."
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = (

@@ -44,7 +44,7 @@ def selective_scan(
         state, y = _selective_step(state, u[:, t], dt[:, t], A, B[:, t], C[:, t], D, dt_bias)
         outputs.append(y)
     y = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(u)
-    return (y if z is None else y * F.silu(z)), state
+    return (y if z is None else y * F.silu(z)).to(u.dtype), state
 
 
 def selective_step(
@@ -61,7 +61,7 @@ def selective_step(
     """One token of :func:`selective_scan`: u, dt, z [B, D], B, C [B, N], state [B, D, N] in place → y [B, D]."""
     new, y = _selective_step(state, u, dt, A, B, C, D, dt_bias)
     state.copy_(new)
-    return y if z is None else y * F.silu(z)
+    return (y if z is None else y * F.silu(z)).to(u.dtype)
 
 
 def ssd(
@@ -82,7 +82,7 @@ def ssd(
     for t in range(x.shape[1]):
         state, y = _ssd_step(state, x[:, t], dt[:, t], A, B[:, t], C[:, t], D, dt_bias, dt_limit)
         outputs.append(y)
-    return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(x)), state
+    return (torch.stack(outputs, dim=1) if outputs else x).to(x.dtype), state
 
 
 def ssd_step(
@@ -99,7 +99,7 @@ def ssd_step(
     """One token of :func:`ssd`: x [B, H, P], dt [B, H], B, C [B, G, N], state [B, H, P, N] in place → y [B, H, P]."""
     new, y = _ssd_step(state, x, dt, A, B, C, D, dt_bias, dt_limit)
     state.copy_(new)
-    return y
+    return y.to(x.dtype)
 
 
 def step_size(dt: Tensor, bias: Tensor | None, limit: tuple[float, float] = (0.0, float("inf"))) -> Tensor:
@@ -107,7 +107,7 @@ def step_size(dt: Tensor, bias: Tensor | None, limit: tuple[float, float] = (0.0
     delta = F.softplus(dt if bias is None else dt + bias.to(dt.dtype))
     if limit == (0.0, float("inf")):
         return delta
-    return torch.where(dt <= PAD, delta, delta.clamp(*limit))
+    return torch.where(dt < PAD / 2, delta, delta.clamp(*limit))  # bfloat16 rounds PAD towards zero
 
 
 def _selective_step(

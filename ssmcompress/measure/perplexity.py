@@ -60,11 +60,16 @@ def perplexity(
     Raises InputError for text that holds no token.
     """
     start = tokenizer.eos_token_id
+    if start is None:
+        raise InputError(
+            "The tokenizer has no end-of-text token to start a window with.",
+            hint="Set eos_token in its tokenizer_config.json.",
+        )
     parts: list[list[int]] = []
     owner: list[int] = []
     sizes: list[tuple[int, int, str]] = []
     for text in documents:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: windows and windows * length]
+        ids = _whole(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], windows and windows * length)
         if ids:
             cut = [ids[i : i + length] for i in range(0, len(ids), length)]
             owner += [len(sizes)] * len(cut)
@@ -121,6 +126,16 @@ def paired_difference(
     total, draws = table.sum(0), _resample(table, seed)
     low, high = _interval(draws[:, 0] / math.log(2) / draws[:, 2])
     return float(total[0] / math.log(2) / total[2]), low, high
+
+
+def _whole(tokenizer: Any, ids: list[int], most: int | None) -> list[int]:
+    """The first `most` ids, less those of a character that the cut went through: its bytes could not be counted."""
+    if most is None or len(ids) <= most:
+        return ids
+    end = most
+    while end and tokenizer.decode(ids[:end]).endswith("\ufffd"):
+        end -= 1
+    return ids[: end or most]
 
 
 def _groups(order: list[int], parts: list[list[int]], batch: int) -> list[list[int]]:

@@ -25,6 +25,7 @@ def names(folder: Path) -> list[str]:
 def finish(folder: Path, text: str = "{}", **options: object) -> None:
     with output(folder, **options) as partial:  # type: ignore[arg-type]
         (partial / "config.json").write_text(text)
+        (partial / "summary.json").write_text('{"schema_version": 1}')
 
 
 def test_written_under_another_name_then_renamed(tmp_path: Path) -> None:
@@ -191,3 +192,32 @@ def test_output_over_its_source_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="holds the model"):
             finish(out, overwrite=True, source=source)
     assert load(str(tmp_path / "models" / "in"))
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.json").write_text('{"port": 80}')
+    with pytest.raises(InputError, match="does not look like"):
+        finish(project, overwrite=True)
+    assert names(project) == ["config.json"]
+
+
+@pytest.mark.parametrize("ending", [".partial", ".replaced"])
+def test_a_neighbour_with_our_ending_is_left_alone(tmp_path: Path, ending: str) -> None:
+    neighbour = tmp_path / f"out{ending}"
+    neighbour.mkdir()
+    (neighbour / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError):
+        finish(tmp_path / "out")
+    assert names(neighbour) == ["thesis.txt"]
+
+
+def test_files_have_the_mode_the_umask_grants(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with output(tmp_path / "out") as partial:
+            (partial / "model.safetensors").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o640
