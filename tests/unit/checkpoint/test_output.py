@@ -78,7 +78,7 @@ def test_existing_output_is_refused_unless_overwritten(tmp_path: Path) -> None:
 def test_an_empty_folder_is_no_output_yet(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     finish(tmp_path / "out")
-    assert names(tmp_path / "out") == ["config.json"]
+    assert names(tmp_path / "out") == ["config.json", "summary.json"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
