@@ -34,10 +34,11 @@ def first_token(model: nn.Module, ids: Tensor) -> tuple[Tensor, Any]:
 
 
 @torch.no_grad()
-def decode(model: nn.Module, token: Tensor, cache: Any, tokens: int) -> None:
-    """Writes so many tokens after token [B, 1], one at a time, each the likeliest; the cache goes along."""
+def decode(model: nn.Module, token: Tensor, cache: Any, tokens: int) -> Tensor:
+    """Writes so many tokens after token [B, 1], one at a time, each the likeliest; returns the last."""
     for _ in range(tokens):
         token = model(token, cache_params=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    return token
 
 
 def peak(checkpoint: Checkpoint, length: int, decode_tokens: int, batch: int) -> tuple[int, int]:

@@ -227,19 +227,21 @@ def rounds(
     return times
 
 
-def flops(model: nn.Module, arch: Arch, length: int = 1) -> float:
-    """Floating-point operations per token of a prompt of `length`, of which the last alone gets logits.
+def flops(model: nn.Module, arch: Arch, length: int = 1) -> dict[str, float]:
+    """Floating-point operations per token of a prompt of `length`, of which the last token alone gets logits.
 
     Two per weight of a matrix or convolution, and five per entry of the recurrent state: h ← a·h + b·x, y ← c·h. What
     is done once a channel (norms, gates, steps) is left out. Zeros count: nothing skips them.
     """
-    head = model.get_output_embeddings()
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    head = model.get_output_embeddings().weight.numel()
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)) - head
     convolutions = [mixer.conv1d.weight for mixer in mixers(model)]
     kept = sum(weight.shape[0] * (weight.shape[-1] - 1) for weight in convolutions)
-    states = arch.state_bytes() // 4 - kept
-    once = 2 * head.weight.numel()
-    return 2 * linear - once + once / length + 2 * sum(weight.numel() for weight in convolutions) + 5 * states
+    return {
+        "matrices": 2 * (linear + head / length),
+        "convolutions": 2.0 * sum(weight.numel() for weight in convolutions),
+        "scan": 5.0 * (arch.state_bytes() // 4 - kept),
+    }
 
 
 def _works(
@@ -273,7 +275,7 @@ def _figures(
             length=length,
             tokens_per_s=Spread.of([batch * length / taken for taken in seconds[f"prefill_{length}"]]),
             time_to_first_token_s=Spread.of(seconds[f"first_token_{length}"]),
-            flops_per_token=flops(model, checkpoint.arch, length),
+            flops_per_token=sum(flops(model, checkpoint.arch, length).values()),
         )
         for length in lengths
     )
@@ -282,7 +284,7 @@ def _figures(
         dtype=str(model.dtype),
         prefill=read,
         decode_tokens_per_s=Spread.of([batch * decode_tokens / taken for taken in seconds["decode"]]),
-        decode_flops_per_token=flops(model, checkpoint.arch),
+        decode_flops_per_token=sum(flops(model, checkpoint.arch).values()),
         weight_bytes=sum(stored.shape(name).numel() * stored.dtype(name).itemsize for name in stored),
         weight_bytes_in_memory=in_memory(checkpoint),
         state_bytes=checkpoint.arch.state_bytes(),
