@@ -21,7 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "magnitude 50 %": {"method": "magnitude"},
     "magnitude 50 %, by row": {"method": "magnitude", "scope": "row"},
     "WANDA 50 %": {"method": "wanda"},
-    "WANDA 50 %, by tensor": {"method": "wanda", "scope": "tensor"},
+    "WANDA 50 %, by row": {"method": "wanda", "scope": "row"},
     "WANDA 50 %, recall in calibration": {"method": "wanda", "calib_mix": "recall"},
     "WANDA 2:4": {"method": "wanda", "pattern": "2:4"},
     "SparseGPT 50 %": {"method": "sparsegpt"},
@@ -29,8 +29,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 CONTESTS = (
     ("magnitude 50 %", "WANDA 50 %"),
-    ("magnitude 50 %, by row", "WANDA 50 %"),
-    ("magnitude 50 %", "WANDA 50 %, by tensor"),
+    ("magnitude 50 %, by row", "WANDA 50 %, by row"),
+    ("WANDA 50 %, by row", "WANDA 50 %"),
     ("WANDA 50 %", "SparseGPT 50 %"),
     ("WANDA 50 %", "WANDA 2:4"),
 )

@@ -1,6 +1,6 @@
 """What a run would change, before it costs anything: shapes are read from the files' headers, no tensor is."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -8,6 +8,7 @@ import torch
 
 from ssmcompress.arch.base import Arch
 from ssmcompress.arch.registry import arch_for
+from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.card import MASKS
 from ssmcompress.checkpoint.card import coverage as coverage_rows
 from ssmcompress.checkpoint.manifest import TensorRecord
@@ -16,8 +17,8 @@ from ssmcompress.checkpoint.source import resolve
 from ssmcompress.edits import Edit, Mask
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
-from ssmcompress.prune.targets import Target, targets
-from ssmcompress.recipe import PruneOptions, pruning
+from ssmcompress.prune.targets import Target, formless, targets
+from ssmcompress.recipe import Prune, PruneOptions, pruning
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Plan:
     params: int
     weight_bytes: int
     state_bytes: int
+    zeros_before: int | None  # None where nothing has counted them
     zeros: int
     tensors: tuple[TensorRecord, ...]
     loads_in: tuple[str, ...] = ("transformers", "ssmcompress")
@@ -44,7 +46,7 @@ def plan(model: str, *, emit: Emit = ignore, **options: Unpack[PruneOptions]) ->
         for module, target in chosen.items()
         for name in names(arch, module)
     }
-    records = records_of(arch, shapes, expected)
+    records = records_of(arch, shapes, expected, formless(recipe.steps))
     zeros = sum(
         round((1 - record.kept) * torch.Size(record.shape).numel()) for record in records if record.status == "pruned"
     )
@@ -52,6 +54,7 @@ def plan(model: str, *, emit: Emit = ignore, **options: Unpack[PruneOptions]) ->
         params=sum(shape.numel() for shape in shapes.values()),
         weight_bytes=sum(shapes[name].numel() * weights.dtype(name).itemsize for name in weights),
         state_bytes=arch.state_bytes(),
+        zeros_before=manifest.zeros(source.folder),
         zeros=zeros,
         tensors=tuple(records),
     )
@@ -80,21 +83,31 @@ def expected_kept(shape: torch.Size, module: str, target: Target, method: str) -
     return 1 - int(size * target.sparsity) / size
 
 
-def coverage(arch: Arch, weights: Shards, edits: Iterable[Edit]) -> tuple[TensorRecord, ...]:
-    """What became of every tensor, from the edits that were made."""
+def coverage(
+    arch: Arch, weights: Shards, edits: Iterable[Edit], steps: Sequence[Prune], zeros: Mapping[str, int]
+) -> tuple[TensorRecord, ...]:
+    """What became of every tensor, from the edits that steps made and the zeros that were counted."""
     kept = {edit.tensor: float(edit.keep.double().mean()) for edit in edits if isinstance(edit, Mask)}
-    return records_of(arch, {name: weights.shape(name) for name in weights}, kept)
+    return records_of(arch, {name: weights.shape(name) for name in weights}, kept, formless(steps), zeros)
 
 
-def records_of(arch: Arch, shapes: Mapping[str, torch.Size], kept: Mapping[str, float]) -> tuple[TensorRecord, ...]:
-    """A record for every tensor: pruned, kept on purpose, or not chosen though it could be."""
+def records_of(
+    arch: Arch,
+    shapes: Mapping[str, torch.Size],
+    kept: Mapping[str, float],
+    unsupported: Container[str] = (),
+    zeros: Mapping[str, int] | None = None,
+) -> tuple[TensorRecord, ...]:
+    """A record for every tensor: pruned, kept on purpose, unsupported by the method, or not chosen."""
     records = []
     for name, shape in shapes.items():
-        fields: dict[str, Any] = {"name": name, "shape": tuple(shape)}
+        fields: dict[str, Any] = {"name": name, "shape": tuple(shape), "zeros": (zeros or {}).get(name)}
         if name in kept:
             records.append(TensorRecord(**fields, status="pruned", kept=kept[name]))
         elif arch.kept_on_purpose(name):
             records.append(TensorRecord(**fields, status="kept", reason="on purpose"))
+        elif any(part in unsupported for part in name.split(".")):
+            records.append(TensorRecord(**fields, status="unsupported", reason="the method has no form for it"))
         else:
             records.append(TensorRecord(**fields, status="kept", reason="not chosen"))
     return tuple(records)
@@ -102,7 +115,7 @@ def records_of(arch: Arch, shapes: Mapping[str, torch.Size], kept: Mapping[str, 
 
 def tell_coverage(records: Sequence[TensorRecord], emit: Emit) -> None:
     """The coverage table: every kind of tensor once."""
-    emit(Table("coverage", ("weight", "tensors", "what happened", "kept"), tuple(coverage_rows(records))))
+    emit(Table("coverage", ("weight", "tensors", "what happened", "not zero"), tuple(coverage_rows(records))))
     if any(record.status == "pruned" for record in records):
         emit(Note(MASKS))
 
@@ -110,7 +123,11 @@ def tell_coverage(records: Sequence[TensorRecord], emit: Emit) -> None:
 def _tell(found: Plan, emit: Emit) -> None:
     rows = (
         ("parameters", f"{found.params:,}", f"{found.params:,}"),
-        ("of them zero", "0", f"{found.zeros:,}"),
+        (
+            "of them zero",
+            "not counted" if found.zeros_before is None else f"{found.zeros_before:,}",
+            f"{found.zeros:,}",
+        ),
         ("weight bytes", f"{found.weight_bytes:,}", f"{found.weight_bytes:,}"),
         ("state bytes a sequence", f"{found.state_bytes:,}", f"{found.state_bytes:,}"),
     )

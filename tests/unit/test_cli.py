@@ -131,7 +131,7 @@ def test_options_arrive_as_they_were_given(calls):
     assert given == {
         "model": "MODEL",
         "method": "sparsegpt",
-        "sparsity": 0.5,
+        "sparsity": None,
         "pattern": "2:4",
         "scope": "row",
         "include": ("in_proj", "out_proj"),
