@@ -92,6 +92,7 @@ CalibMix = Annotated[
     typer.Option("--calib-mix", help="Mix in memory exercises.", rich_help_panel=TEXT),
 ]
 NoEval = Annotated[bool, typer.Option("--no-eval", help="Skip the figures before and after.", rich_help_panel=OUTPUT)]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe (sparsity=0.6).")
 ]
@@ -217,14 +218,18 @@ def prune(
 
 @app.command(epilog="Example: ssmcompress plan ref:mamba --pattern 2:4")
 @with_pruning_options
-def plan(model: Model, **options: Any) -> None:
-    """Show what prune would change: parameters and bytes before and after, and who loads the result."""
-    _call("plan", model=model, **options)
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="What prune or run would be given.")],
+    overrides: Overrides = None,
+    **options: Any,
+) -> None:
+    """Show what prune or run would change: parameters and bytes before and after, and who loads the result."""
+    _call("plan", model=model, overrides=overrides, **options)
 
 
 @app.command(epilog="Example: ssmcompress run prune/wanda-50 sparsity=0.6 --out out/wanda60")
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path.")],
+    recipe: RecipeName,
     overrides: Overrides = None,
     *,
     out: Out,
@@ -318,6 +323,44 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint in the Hugging Face or the mamba-ssm layout."""
     _call("convert", **locals())
+
+
+recipes = typer.Typer(
+    help="List, show and copy the recipes that come with the package.",
+    epilog="Example: ssmcompress recipes cat prune/wanda-50",
+    no_args_is_help=True,
+)
+app.add_typer(recipes, name="recipes")
+
+
+@recipes.command("ls", epilog="Example: ssmcompress recipes ls")
+def recipes_ls(json: Json = False) -> None:
+    """List the shipped recipes."""
+    _recipes("ls", json=json)
+
+
+@recipes.command("cat", epilog="Example: ssmcompress recipes cat prune/wanda-50")
+def recipes_cat(recipe: RecipeName, *, json: Json = False) -> None:
+    """Show a recipe."""
+    _recipes("cat", recipe, json=json)
+
+
+@recipes.command("cp", epilog="Example: ssmcompress recipes cp prune/wanda-50 mine.yaml")
+def recipes_cp(
+    recipe: RecipeName,
+    to: Annotated[Path, typer.Argument(metavar="TO", help="File or folder to copy it to.")],
+    *,
+    json: Json = False,
+) -> None:
+    """Copy a recipe, to be changed."""
+    _recipes("cp", recipe, to, json=json)
+
+
+def _recipes(name: str, *arguments: Any, json: bool) -> None:
+    with telling(json) as emit:
+        from ssmcompress import recipes
+
+        getattr(recipes, name)(*arguments, emit=emit)
 
 
 @app.command(epilog="Example: ssmcompress doctor")

@@ -15,10 +15,12 @@ from ssmcompress.checkpoint.manifest import TensorRecord
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import resolve
 from ssmcompress.edits import Edit, Mask
+from ssmcompress.errors import RecipeError
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
 from ssmcompress.prune.targets import Target, formless, targets
-from ssmcompress.recipe import Prune, PruneOptions, pruning
+from ssmcompress.recipe import Prune, PruneOptions, Recipe, pruning
+from ssmcompress.recipes import read, shipped
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,23 @@ class Plan:
     loads_in: tuple[str, ...] = ("transformers", "ssmcompress")
 
 
-def plan(model: str, *, emit: Emit = ignore, **options: Unpack[PruneOptions]) -> Plan:
-    """Says what `prune` with the same options would do, and refuses what it would refuse, without reading a weight."""
-    recipe = pruning(model, options)
-    source = resolve(model)
+def plan(
+    model: str | Recipe, overrides: Sequence[str] = (), *, emit: Emit = ignore, **options: Unpack[PruneOptions]
+) -> Plan:
+    """Says what `prune` of a model with these options, or `run` of a recipe with these overrides, would do.
+
+    It refuses what they would refuse, and reads no weight. Where steps meet in one tensor the smallest share is told.
+    """
+    recipe = _recipe(model, overrides, options)
+    source = resolve(recipe.model)
     arch, weights = arch_for(source.config()), Shards(source.folder)
-    chosen = targets(arch, recipe.steps[0])
     shapes = {name: weights.shape(name) for name in weights}
-    expected = {
-        name: expected_kept(shapes[name], module, target, recipe.steps[0].method)
-        for module, target in chosen.items()
-        for name in names(arch, module)
-    }
+    expected: dict[str, float] = {}
+    for step in recipe.steps:
+        for module, target in targets(arch, step).items():
+            for name in names(arch, module):
+                kept = expected_kept(shapes[name], module, target, step.method)
+                expected[name] = min(kept, expected.get(name, 1.0))
     records = records_of(arch, shapes, expected, formless(recipe.steps))
     zeros = sum(
         round((1 - record.kept) * torch.Size(record.shape).numel()) for record in records if record.status == "pruned"
@@ -60,6 +67,20 @@ def plan(model: str, *, emit: Emit = ignore, **options: Unpack[PruneOptions]) ->
     )
     _tell(found, emit)
     return found
+
+
+def _recipe(model: str | Recipe, overrides: Sequence[str], options: PruneOptions) -> Recipe:
+    if isinstance(model, Recipe):
+        return model
+    if not (model in shipped() or model.endswith((".yaml", ".yml"))):
+        if overrides:
+            raise RecipeError(
+                f"{model} is no recipe, and only a recipe has overrides.", hint="Use options: --sparsity."
+            )
+        return pruning(model, options)
+    if pruning(model, options) != pruning(model, {}):
+        raise RecipeError("A recipe says by itself what is pruned.", hint="Change it by overrides: sparsity=0.6")
+    return read(model, overrides)
 
 
 def names(arch: Arch, module: str) -> list[str]:

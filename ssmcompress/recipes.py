@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ssmcompress.errors import RecipeError, ResourceError
+from ssmcompress.errors import InputError, RecipeError, ResourceError
+from ssmcompress.events import Emit, Finished, Output, Table, ignore
 from ssmcompress.recipe import SECTIONS, Recipe, sentence
 
 
@@ -22,23 +23,44 @@ def shipped() -> dict[str, Path]:
     return {}
 
 
+def ls(*, emit: Emit = ignore) -> dict[str, Recipe]:
+    """The shipped recipes by name, with what each is for."""
+    found = {name: read(name) for name in shipped()}
+    rows = tuple((name, made.model, made.description) for name, made in found.items())
+    emit(Table("", ("recipe", "model", "what it does"), rows))
+    return found
+
+
+def cat(name: str, *, emit: Emit = ignore) -> str:
+    """The text of a recipe."""
+    text = _text(_find(name))
+    emit(Output(text))
+    return text
+
+
+def cp(name: str, to: str | Path, *, emit: Emit = ignore) -> Path:
+    """Copies a recipe, to be changed; InputError where the file exists already."""
+    text = _text(_find(name))
+    target = Path(to).expanduser()
+    if target.is_dir():
+        target = target / f"{Path(name).name.removesuffix('.yaml')}.yaml"
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise InputError(f"{target} exists already.", hint="Choose another name.") from None
+    except OSError as error:
+        raise ResourceError(f"{target} cannot be written: {error.strerror}.", hint="Is the folder there?") from error
+    emit(Finished(str(target)))
+    return target
+
+
 def read(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by its shipped name or path, with `key=value` overrides; RecipeError tells every mistake and its line.
 
     A key is a path (steps.0.sparsity), or the last part of it where only one place has it (sparsity).
     """
-    path = shipped().get(name, Path(name).expanduser())
-    if not path.is_file():
-        near = get_close_matches(name, shipped(), n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else "`ssmcompress recipes ls` lists those that are shipped."
-        raise RecipeError(f"There is no recipe {name!r}.", hint=hint)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path} is not UTF-8 text.") from None
-    except OSError as error:
-        raise ResourceError(f"{path} cannot be read: {error.strerror}.") from error
-    return parse(text, str(name), overrides)
+    return parse(_text(_find(name)), name, overrides)
 
 
 def parse(text: str, name: str = "the recipe", overrides: Sequence[str] = ()) -> Recipe:
@@ -60,6 +82,24 @@ def parse(text: str, name: str = "the recipe", overrides: Sequence[str] = ()) ->
     if twice:
         raise RecipeError(f"{name} is not valid.\n" + "\n".join(twice))
     return made
+
+
+def _find(name: str) -> Path:
+    path = shipped().get(name, Path(name).expanduser())
+    if path.is_file():
+        return path
+    near = get_close_matches(name, shipped(), n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else "`ssmcompress recipes ls` lists those that are shipped."
+    raise RecipeError(f"There is no recipe {name!r}.", hint=hint)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not UTF-8 text.") from None
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _override(fields: dict[str, Any], assignment: str) -> None:

@@ -138,6 +138,13 @@ def history(source: Source) -> tuple[EarlierRecord, ...]:
     return ()
 
 
+def carried(source: Source) -> tuple[TensorRecord, ...]:
+    """What a source's own manifest says of its tensors, for an output that changes none of them."""
+    with contextlib.suppress(InputError):
+        return read(source.folder).tensors
+    return ()
+
+
 def zeros(folder: Path) -> int | None:
     """The zeros in all weights of a folder, where its manifest has counted them."""
     with contextlib.suppress(InputError):

@@ -22,6 +22,11 @@ class Glance:
     likelihood: Perplexity
     memory: tuple[recall.Recall, ...]
 
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the shipped pages."""
+        return self.likelihood.bits_per_byte
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return self.likelihood.to_dict() | {"recall": [probe.to_dict() for probe in self.memory]}
