@@ -15,6 +15,7 @@ from ssmcompress import edits as editing
 from ssmcompress import record
 from ssmcompress.arch.base import mixers
 from ssmcompress.arch.registry import arch_for
+from ssmcompress.assess import assess, left_to_assess
 from ssmcompress.calib import data
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.layout import EMBEDDING
@@ -81,11 +82,21 @@ def run(
 ) -> Result:
     """Does what a recipe says, given as such, by its shipped name or by its path, with `key=value` overrides.
 
-    Raises RecipeError for a recipe that will not do, GateError where more was lost than its gate lets through.
+    Where its eval section is left to do in a folder that the same recipe wrote, it goes on there. Raises RecipeError
+    for a recipe that will not do, GateError where more was lost than its gate lets through.
     """
     if isinstance(recipe, str):
         recipe = read(recipe, overrides)
-    return _compress(recipe, out, overwrite=overwrite, measure=not no_eval, emit=emit)
+    if recipe.eval is None or no_eval:
+        return _compress(recipe, out, overwrite=overwrite, measure=not no_eval, emit=emit)
+    folder = Path(out).expanduser()
+    if not overwrite and left_to_assess(recipe, folder):
+        emit(Note(f"{out} is there already: only what is left of its evaluation is done."))
+        result = Result(folder, editing.load(folder / EDITS).items, None, None)
+    else:
+        result = _compress(recipe, out, overwrite=overwrite, measure=False, emit=emit)
+    assess(recipe, folder, emit)
+    return result
 
 
 def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool, emit: Emit) -> Result:

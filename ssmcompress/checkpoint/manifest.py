@@ -23,6 +23,7 @@ from ssmcompress.errors import InputError
 
 NAME = "ssmcompress.json"
 UNHASHED = (NAME, "README.md", "events.jsonl", "measured.json")  # itself, what is written from it, what holds times
+EVALUATION = "eval"  # the folder of what was measured afterwards
 
 
 class Record(BaseModel):
@@ -196,10 +197,11 @@ def changed(folder: Path) -> list[str]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a folder by its relative name, but for manifest, card, events and times."""
+    """The SHA-256 of every file by its relative name, but for manifest, card, events, times and evaluations."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     names = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: sha256(path) for name, path in names.items() if name not in UNHASHED}
+    lasting = {name: path for name, path in names.items() if name.partition("/")[0] not in (*UNHASHED, EVALUATION)}
+    return {name: sha256(path) for name, path in lasting.items()}
 
 
 def sha256(path: Path) -> str:
