@@ -20,6 +20,7 @@ from ssmcompress.errors import ResourceError, SsmcompressError
 from ssmcompress.events import Emit, Failed, JsonLines, Terminal
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
+REPEATABLE = {"include", "exclude", "overrides", "max_drop"}
 SHIPPED = "default"  # the text that comes with the package
 RESOURCES = {
     errno.EACCES: "may not be read or written",
@@ -46,7 +47,14 @@ Backend = Literal["auto", "native", "torch", "cuda", "reference"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["wanda", "magnitude", "sparsegpt"]
 
-WHAT, TEXT, MEASURE, OUTPUT, COMPUTE = "What to prune", "Calibration", "Measuring", "Output", "Computing"
+WHAT, TEXT, MEASURE, GATE, OUTPUT, COMPUTE = (
+    "What to prune",
+    "Calibration",
+    "Measuring",
+    "Gate",
+    "Output",
+    "Computing",
+)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="ref:NAME, a hub id with optional @revision, or a folder.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", rich_help_panel=OUTPUT)]
@@ -149,12 +157,12 @@ def _resource(error: Exception) -> ResourceError | None:
     return None
 
 
-def _call(verb: str, *, json: bool, **options: Any) -> None:
-    for repeatable in {"include", "exclude", "overrides"} & options.keys():
+def _call(verb: str, *subjects: Any, json: bool, **options: Any) -> None:
+    for repeatable in REPEATABLE & options.keys():
         options[repeatable] = tuple(options[repeatable] or ())
     with telling(json) as emit:
         function: Callable[..., Any] = getattr(ssmcompress, verb)
-        function(**options, emit=emit)
+        function(*subjects, **options, emit=emit)
 
 
 def _version(asked: bool) -> None:
@@ -290,6 +298,36 @@ def eval(
     """Measure a checkpoint as it lies on disk."""
     perplexity = perplexity or (None if recall else SHIPPED)
     _call("evaluate", **locals())
+
+
+@app.command(epilog="Example: ssmcompress compare results/dense results/wanda50 --max-drop 0.01")
+def compare(
+    results: Annotated[
+        list[Path], typer.Argument(metavar="REFERENCE RESULTS...", help="Folders that eval --out wrote.")
+    ],
+    *,
+    max_drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max-drop",
+            metavar="[MEASURE=]BOUND",
+            help="Loss allowed: points of an accuracy, share of a perplexity (repeatable). A real loss beyond it exits "
+            "with 5.",
+            rich_help_panel=GATE,
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail too where such a loss is not excluded.", rich_help_panel=GATE)
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for comparison.json.", rich_help_panel=OUTPUT)
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Say whether what was lost is real: paired on the same items, with intervals; with --max-drop, a gate."""
+    _call("compare", *results, max_drop=max_drop, strict=strict, out=out, overwrite=overwrite, json=json, seed=seed)
 
 
 @app.command(epilog='Example: ssmcompress generate out/wanda50 --against ref:mamba --prompt "Once upon a time"')

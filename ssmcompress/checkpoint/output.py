@@ -19,7 +19,8 @@ from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
 from ssmcompress.errors import InputError, ResourceError, SsmcompressError
 
-OURS = ("ssmcompress.json", "summary.json")  # with a schema_version, one of them marks a folder as an output
+# with a schema_version, one of them marks a folder as an output
+OURS = ("ssmcompress.json", "summary.json", "comparison.json")
 MARKER = ".recipe"  # marks an unfinished folder as ours: the hash of the recipe that may go on with it, if any
 CARRIED = (
     "generation_config.json",
