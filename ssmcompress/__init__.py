@@ -21,6 +21,7 @@ FUNCTIONS = {
     "models": "ssmcompress.models",
     "plan": "ssmcompress.plan",
     "prune": "ssmcompress.run",
+    "run": "ssmcompress.run",
 }
 
 __all__ = ["__version__", *FUNCTIONS]

@@ -15,10 +15,11 @@ from ssmcompress.errors import BackendError, GateError, InputError, UnsupportedE
 from ssmcompress.events import Note, Table
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
 
-VERBS = {"prune", "plan", "apply", "eval", "generate", "compare", "convert", "doctor", "models"}
+VERBS = {"prune", "plan", "apply", "eval", "generate", "compare", "convert", "doctor", "models", "run", "recipes"}
 NEEDED = {
     "prune": ["prune", "MODEL", "--out", "out"],
     "plan": ["plan", "MODEL"],
+    "run": ["run", "prune/wanda-50", "--out", "out"],
     "apply": ["apply", "edits.safetensors", "MODEL", "--out", "out"],
     "evaluate": ["eval", "MODEL"],
     "generate": ["generate", "MODEL", "--prompt", "Once"],
@@ -117,7 +118,7 @@ def test_each_option_is_an_argument_with_the_same_default(calls, name):
         options = {key: given.pop(key) for key in PruneOptions.__annotations__ if key in given}
         assert PruneOptions.__annotations__.keys() - options.keys() == {"modules"}  # a table has no place on a line
         assert pruning("MODEL", options) == pruning("MODEL", {})
-    required = {"model", "out", "edits", "prompt", "to", "results", "emit"}
+    required = {"model", "recipe", "out", "edits", "prompt", "to", "results", "emit"}
     assert given.keys() == parameters.keys()
     assert {key: value for key, value in given.items() if key not in required} == {
         key: parameter.default for key, parameter in parameters.items() if key not in required
@@ -137,7 +138,7 @@ def test_options_arrive_as_they_were_given(calls):
     assert given == {
         "model": "MODEL",
         "method": "sparsegpt",
-        "sparsity": 0.5,
+        "sparsity": None,
         "pattern": "2:4",
         "scope": "row",
         "include": ("in_proj", "out_proj"),

@@ -96,6 +96,7 @@ def test_the_same_comparison_is_the_same_bytes(dense, tmp_path):
         (["arc_easy_local/acc=0.01"], False),
         (["arc_easy_local=0.01"], False),
         (["text=0"], True),
+        (["all=0.01"], False),
         (["0.01", "arc_easy_local=0.2"], True),
         (["0.2", "arc_easy_local/acc=0.01"], False),
         (["arc_easy_local=0.01", "arc_easy_local/acc=0.2"], True),
