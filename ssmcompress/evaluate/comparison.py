@@ -134,6 +134,7 @@ def compare(
         passed=not failures if bounds else None,
         failures=tuple(failures),
     )
+    _warn(names, found, emit)
     _tell(comparison, emit)
     if out is not None:
         with output(out, overwrite=overwrite) as folder:
@@ -285,6 +286,18 @@ def _failures(candidate: Candidate, bounds: dict[str, float], strict: bool) -> l
         if named and not any(row.measurable for row in named):
             found.append(f"{candidate.label}: {key} is not measurable: the reference is at chance.")
     return found
+
+
+def _warn(names: Sequence[str], found: Sequence[Results], emit: Emit) -> None:
+    """Says what was computed in another way than the reference was."""
+    first, reference = names[0], found[0].summary
+    for name, summary in zip(names[1:], (each.summary for each in found[1:]), strict=True):
+        rest = "part of a difference may come from that."
+        if summary.dtype != reference.dtype:
+            told = f"{name} was evaluated in {summary.dtype}, {first} in {reference.dtype}: {rest}"
+            emit(Note(told, "warning"))
+        if summary.backend != reference.backend:
+            emit(Note(f"{name} was evaluated with other kernels than {first}: {rest}", "warning"))
 
 
 def _tell(found: Comparison, emit: Emit) -> None:

@@ -12,7 +12,7 @@ from ssmcompress.checkpoint.output import output, write
 from ssmcompress.checkpoint.source import load
 from ssmcompress.errors import GateError, InputError
 from ssmcompress.evaluate.comparison import Comparison
-from ssmcompress.events import Finished, Table
+from ssmcompress.events import Finished, Note, Table
 from ssmcompress.measure.text import documents
 from tests.unit.evaluate.folders import results
 
@@ -134,6 +134,25 @@ def test_undecided_fails_only_where_it_is_strict(dense, tmp_path):
     with pytest.raises(GateError, match="arc_easy_local/acc may have lost more"):
         ssmcompress.compare(dense, other, max_drop=["0.01"], strict=True)
     assert ssmcompress.compare(dense, other, max_drop=["0.2"], strict=True).passed
+
+
+def test_a_loss_beyond_the_bound_that_may_be_chance_is_undecided(dense, tmp_path):
+    arc = FLIPPED.copy()
+    arc[np.flatnonzero(RIGHT == 1)[12:20]] = 0  # 20 lost, 12 won
+    row = rows(ssmcompress.compare(dense, folder(tmp_path / "other", arc=arc), max_drop=["0.01"]))[ARC]
+    assert row.change == pytest.approx(-0.02) and row.p > 0.05
+    assert (row.verdict, row.gate) == ("no difference shown", "undecided")
+
+
+def test_what_was_computed_otherwise_is_told(dense, tmp_path):
+    events = []
+    other = folder(tmp_path / "other", dtype="torch.bfloat16", backend={"conv": "torch"})
+    ssmcompress.compare(dense, other, folder(tmp_path / "same"), emit=events.append)
+    told = [event.text for event in events if isinstance(event, Note) and event.level == "warning"]
+    assert told == [
+        "other was evaluated in torch.bfloat16, dense in torch.float32: part of a difference may come from that.",
+        "other was evaluated with other kernels than dense: part of a difference may come from that.",
+    ]
 
 
 def test_what_the_reference_cannot_do_passes_no_gate(tmp_path):
