@@ -303,7 +303,7 @@ def eval(
 @app.command(epilog="Example: ssmcompress compare results/dense results/wanda50 --max-drop 0.01")
 def compare(
     results: Annotated[
-        list[Path], typer.Argument(metavar="REFERENCE RESULTS...", help="Folders that eval --out wrote.")
+        list[Path], typer.Argument(metavar="RESULTS", help="Folders that eval --out wrote; the first is the reference.")
     ],
     *,
     max_drop: Annotated[

@@ -18,7 +18,7 @@ from ssmcompress.evaluate.results import Results, read
 from ssmcompress.events import Emit, Finished, Note, Table, ignore, number
 
 NAME = "comparison.json"
-ALL = "*"  # the key of a bound for every measure
+ALL = "all"  # the key of a bound for every measure
 
 TASK_SETTINGS = {
     "version": "the task's version",
@@ -232,7 +232,7 @@ def _sorted(samples: Samples) -> Samples:
 
 
 def _bounds(given: Sequence[str | float]) -> dict[str, float]:
-    """The bounds by measure or task; that of every measure as `*`."""
+    """The bounds by measure or task; that of every measure as `all`."""
     found: dict[str, float] = {}
     for text in map(str, given):
         name, _, value = text.rpartition("=")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,18 @@ class Summary(BaseModel):
         if likelihood is not None:
             rows = (json.dumps(vars(document)) + "\n" for document in likelihood.documents)
             (folder / DOCUMENTS).write_text("".join(rows), encoding="utf-8")
+            items = (
+                {
+                    "measure": "text/bits_per_byte",
+                    "kind": "log_likelihood",
+                    "item": document.sha256,
+                    "value": document.nats / math.log(2),
+                    "weight": document.bytes,
+                    "tokens": document.tokens,
+                }
+                for document in likelihood.documents
+            )
+            (folder / SAMPLES).write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
 
 def _identity(likelihood: Perplexity) -> str:
