@@ -415,6 +415,7 @@ def models(json: Json = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and leaves with its exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for work halve the speed of a busy machine
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was begun is put away
     given = _bare_perplexity(list(sys.argv[1:] if arguments is None else arguments))
     try:
