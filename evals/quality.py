@@ -1,4 +1,4 @@
-"""What each way of pruning half of the weights costs the reference checkpoints, measured on the written folders.
+"""What the shipped recipes cost the reference checkpoints, measured on the written folders.
 
 python evals/quality.py             the whole table, kept in evals/results/ (about ten minutes on two cores)
 python evals/quality.py --demo OUT  dense, magnitude and WANDA from folders that `make demo` has just written
@@ -17,20 +17,20 @@ from ssmcompress.measure.perplexity import DocumentScore, paired_difference
 
 HERE = Path(__file__).parent
 MODELS = ("mamba", "mamba2")
-WAYS: dict[str, dict[str, Any]] = {
-    "magnitude 50 %": {"method": "magnitude"},
-    "magnitude 50 %, by row": {"method": "magnitude", "scope": "row"},
-    "WANDA 50 %": {"method": "wanda"},
-    "WANDA 50 %, by tensor": {"method": "wanda", "scope": "tensor"},
-    "WANDA 50 %, recall in calibration": {"method": "wanda", "calib_mix": "recall"},
-    "WANDA 2:4": {"method": "wanda", "pattern": "2:4"},
-    "SparseGPT 50 %": {"method": "sparsegpt"},
-    "SparseGPT 2:4": {"method": "sparsegpt", "pattern": "2:4"},
+WAYS = {
+    "magnitude 50 %": "prune/magnitude-50",
+    "magnitude 50 %, by row": "prune/magnitude-50-by-row",
+    "WANDA 50 %": "prune/wanda-50",
+    "WANDA 50 %, by row": "prune/wanda-50-by-row",
+    "WANDA 50 %, recall in calibration": "prune/wanda-50-recall",
+    "WANDA 2:4": "prune/wanda-2-4",
+    "SparseGPT 50 %": "prune/sparsegpt-50",
+    "SparseGPT 2:4": "prune/sparsegpt-2-4",
 }
 CONTESTS = (
     ("magnitude 50 %", "WANDA 50 %"),
-    ("magnitude 50 %, by row", "WANDA 50 %"),
-    ("magnitude 50 %", "WANDA 50 %, by tensor"),
+    ("magnitude 50 %, by row", "WANDA 50 %, by row"),
+    ("WANDA 50 %, by row", "WANDA 50 %"),
     ("WANDA 50 %", "SparseGPT 50 %"),
     ("WANDA 50 %", "WANDA 2:4"),
 )
@@ -68,9 +68,9 @@ def measure(model: str, tell: Emit) -> list[Measured]:
     """Dense and every way of pruning one reference checkpoint, each evaluated from disk."""
     found = [_evaluated("dense", f"ref:{model}")]
     with tempfile.TemporaryDirectory() as work:
-        for i, (way, options) in enumerate(WAYS.items()):
-            folder = Path(work) / str(i)
-            ssmcompress.prune(f"ref:{model}", out=folder, no_eval=True, **options)
+        for way, recipe in WAYS.items():
+            folder = Path(work) / Path(recipe).name
+            ssmcompress.run(recipe, [f"model=ref:{model}"], out=folder, no_eval=True)
             found.append(_evaluated(way, str(folder)))
             tell(Note(f"ref:{model}, {way}: {found[-1].summary['bits_per_byte']:.4f} bits per byte"))
     return found

@@ -1,11 +1,13 @@
-"""Fills the generated parts of README.md: the support matrix from the registry, the tables from evals/results.
+"""Fills the generated parts of README.md and recipes/README.md: the support matrix, and tables from evals/results.
 
-python evals/readme.py
+python -m evals.readme
 """
 
 import re
 from pathlib import Path
 
+from evals.quality import WAYS
+from ssmcompress import recipes
 from ssmcompress.models import models
 
 ROOT = Path(__file__).parent.parent
@@ -13,15 +15,15 @@ RESULTS = ROOT / "evals" / "results"
 
 
 def main() -> None:
-    """Rewrites README.md in place."""
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrites both in place."""
+    for page in (ROOT / "README.md", ROOT / "recipes" / "README.md"):
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def filled(text: str) -> str:
     """The text with what stands between its `<!-- name -->` and `<!-- end -->` marks made anew."""
     quality = "\n\n".join(_kept(f"quality-{model}.md") for model in ("mamba", "mamba2"))
-    parts = {"support": support_matrix(), "quality": quality}
+    parts = {"support": support_matrix(), "quality": quality, "recipes": recipe_table()}
     for name, content in parts.items():
         mark = rf"(?s)(<!-- {name} -->\n).*?(<!-- end -->)"
         text = re.sub(mark, lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
@@ -38,6 +40,25 @@ def support_matrix() -> str:
         cells = (f"`{family.model_type}`", _names(family.prunable), _names(unseen), ", ".join(axes))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def recipe_table() -> str:
+    """A row for each shipped recipe: what it does, and what it was measured to cost both reference checkpoints."""
+    lines = ["| recipe | what it does | bits per byte, ref:mamba | ref:mamba2 | copy 20, ref:mamba | ref:mamba2 |"]
+    lines.append("|---|---|---|---|---|---|")
+    measured = {name: way for way, name in WAYS.items()}
+    tables = [_rows(f"quality-{model}.md") for model in ("mamba", "mamba2")]
+    for name, recipe in recipes.ls().items():
+        found = [table.get(measured.get(name, ""), [""] * 6) for table in tables]
+        cells = [f"`{name}`", recipe.description, *(row[2] for row in found), *(row[3] for row in found)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _rows(name: str) -> dict[str, list[str]]:
+    """The rows of a kept table by their first cell."""
+    lines = (line.strip("| ").split(" | ") for line in _kept(name).splitlines() if line.startswith("| "))
+    return {cells[0]: cells for cells in lines}
 
 
 def _names(names: tuple[str, ...] | list[str]) -> str:

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 FUNCTIONS = {
     "apply": "ssmcompress.run",
+    "compare": "ssmcompress.evaluate.comparison",
     "convert": "ssmcompress.checkpoint.convert",
     "doctor": "ssmcompress.doctor",
     "evaluate": "ssmcompress.evaluate",
@@ -20,6 +21,7 @@ FUNCTIONS = {
     "models": "ssmcompress.models",
     "plan": "ssmcompress.plan",
     "prune": "ssmcompress.run",
+    "run": "ssmcompress.run",
 }
 
 __all__ = ["__version__", *FUNCTIONS]

@@ -2,8 +2,10 @@
 
 import difflib
 import errno
+import inspect
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ from ssmcompress.errors import ResourceError, SsmcompressError
 from ssmcompress.events import Emit, Failed, JsonLines, Terminal
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
+REPEATABLE = {"include", "exclude", "overrides", "max_drop"}
 SHIPPED = "default"  # the text that comes with the package
 RESOURCES = {
     errno.EACCES: "may not be read or written",
@@ -44,7 +47,14 @@ Backend = Literal["auto", "native", "torch", "cuda", "reference"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal["wanda", "magnitude", "sparsegpt"]
 
-WHAT, TEXT, MEASURE, OUTPUT, COMPUTE = "What to prune", "Calibration", "Measuring", "Output", "Computing"
+WHAT, TEXT, MEASURE, GATE, OUTPUT, COMPUTE = (
+    "What to prune",
+    "Calibration",
+    "Measuring",
+    "Gate",
+    "Output",
+    "Computing",
+)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="ref:NAME, a hub id with optional @revision, or a folder.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", rich_help_panel=OUTPUT)]
@@ -59,14 +69,17 @@ Kernels = Annotated[
     Backend, typer.Option("--backend", help="Kernels; auto: the fastest there is.", rich_help_panel=COMPUTE)
 ]
 PruneMethod = Annotated[Method, typer.Option("--method", help="How weights are scored.", rich_help_panel=WHAT)]
-Sparsity = Annotated[float, typer.Option("--sparsity", help="Share of weights set to zero.", rich_help_panel=WHAT)]
+Sparsity = Annotated[
+    float | None,
+    typer.Option("--sparsity", help="Share of weights set to zero.", show_default="0.5", rich_help_panel=WHAT),
+]
 Pattern = Annotated[
     str | None,
     typer.Option("--pattern", metavar="N:M", help="Keep N of every M inputs instead (2:4).", rich_help_panel=WHAT),
 ]
 Scope = Annotated[
     Literal["row", "tensor"] | None,
-    typer.Option("--scope", help="Where scores compete; wanda: row, magnitude: tensor.", rich_help_panel=WHAT),
+    typer.Option("--scope", help="Where scores compete; row is the form of the WANDA paper.", rich_help_panel=WHAT),
 ]
 Include = Annotated[
     list[str] | None,
@@ -86,6 +99,11 @@ CalibMix = Annotated[
     Literal["recall"] | None,
     typer.Option("--calib-mix", help="Mix in memory exercises.", rich_help_panel=TEXT),
 ]
+NoEval = Annotated[bool, typer.Option("--no-eval", help="Skip the figures before and after.", rich_help_panel=OUTPUT)]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe (sparsity=0.6).")
+]
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Number of token windows.", rich_help_panel=TEXT)]
 Length = Annotated[int, typer.Option("--length", min=1, help="Tokens a window.", rich_help_panel=TEXT)]
 
@@ -102,7 +120,8 @@ def telling(json: bool) -> Iterator[Emit]:
     except SsmcompressError as error:
         _fail(error, emit if json else None)
     except KeyboardInterrupt:
-        terminal(Failed("Interrupted: nothing was written under the final name.", exit_code=INTERRUPTED))
+        again = "The same command again goes on from what was finished."
+        terminal(Failed("Interrupted: nothing was written under the final name.", again, INTERRUPTED))
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         # the reader left: whatever is flushed at exit must not complain again
@@ -138,12 +157,12 @@ def _resource(error: Exception) -> ResourceError | None:
     return None
 
 
-def _call(verb: str, *, json: bool, **options: Any) -> None:
-    for repeatable in {"include", "exclude"} & options.keys():
+def _call(verb: str, *subjects: Any, json: bool, **options: Any) -> None:
+    for repeatable in REPEATABLE & options.keys():
         options[repeatable] = tuple(options[repeatable] or ())
     with telling(json) as emit:
         function: Callable[..., Any] = getattr(ssmcompress, verb)
-        function(**options, emit=emit)
+        function(*subjects, **options, emit=emit)
 
 
 def _version(asked: bool) -> None:
@@ -161,61 +180,73 @@ def root(
     """Options before the verb."""
 
 
+def _pruning_options(
+    *,
+    method: PruneMethod = "wanda",
+    sparsity: Sparsity = None,
+    pattern: Pattern = None,
+    scope: Scope = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    calib: Calib = None,
+    calib_split: CalibSplit = None,
+    calib_column: CalibColumn = None,
+    calib_mix: CalibMix = None,
+    windows: Windows = 64,
+    length: Length = 512,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: ComputeDtype = "auto",
+    backend: Kernels = "auto",
+) -> None:
+    """What `prune` and `plan` have in common."""
+
+
+def with_pruning_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Puts the common options between a verb's own parameters and its `**options`."""
+    own = [each for each in inspect.signature(verb).parameters.values() if each.kind != each.VAR_KEYWORD]
+    verb.__signature__ = inspect.Signature([*own, *inspect.signature(_pruning_options).parameters.values()])  # type: ignore[attr-defined]
+    return verb
+
+
 @app.command(epilog="Example: ssmcompress prune ref:mamba --pattern 2:4 --out out/wanda-2-4")
+@with_pruning_options
 def prune(
     model: Model,
     *,
-    method: PruneMethod = "wanda",
-    sparsity: Sparsity = 0.5,
-    pattern: Pattern = None,
-    scope: Scope = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    calib: Calib = None,
-    calib_split: CalibSplit = None,
-    calib_column: CalibColumn = None,
-    calib_mix: CalibMix = None,
-    windows: Windows = 64,
-    length: Length = 512,
-    no_eval: Annotated[
-        bool, typer.Option("--no-eval", help="Skip the figures before and after.", rich_help_panel=OUTPUT)
-    ] = False,
     out: Out,
     overwrite: Overwrite = False,
-    json: Json = False,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: ComputeDtype = "auto",
-    backend: Kernels = "auto",
+    no_eval: NoEval = False,
+    **options: Any,
 ) -> None:
     """Set weights to zero, write the checkpoint, load it again and measure it."""
-    _call("prune", **locals())
+    _call("prune", model=model, out=out, overwrite=overwrite, no_eval=no_eval, **options)
 
 
 @app.command(epilog="Example: ssmcompress plan ref:mamba --pattern 2:4")
+@with_pruning_options
 def plan(
-    model: Model,
-    *,
-    method: PruneMethod = "wanda",
-    sparsity: Sparsity = 0.5,
-    pattern: Pattern = None,
-    scope: Scope = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    calib: Calib = None,
-    calib_split: CalibSplit = None,
-    calib_column: CalibColumn = None,
-    calib_mix: CalibMix = None,
-    windows: Windows = 64,
-    length: Length = 512,
-    json: Json = False,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: ComputeDtype = "auto",
-    backend: Kernels = "auto",
+    model: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="What prune or run would be given.")],
+    overrides: Overrides = None,
+    **options: Any,
 ) -> None:
-    """Show what prune would change: parameters and bytes before and after, and who loads the result."""
-    _call("plan", **locals())
+    """Show what prune or run would change: parameters and bytes before and after, and who loads the result."""
+    _call("plan", model=model, overrides=overrides, **options)
+
+
+@app.command(epilog="Example: ssmcompress run prune/wanda-50 sparsity=0.6 --out out/wanda60")
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    out: Out,
+    overwrite: Overwrite = False,
+    no_eval: NoEval = False,
+    json: Json = False,
+) -> None:
+    """Do what a recipe says: compress, write, measure, and fail where more was lost than its gate allows."""
+    _call("run", **locals())
 
 
 @app.command(epilog="Example: ssmcompress apply out/wanda50/edits.safetensors ref:mamba --out out/again")
@@ -269,6 +300,36 @@ def eval(
     _call("evaluate", **locals())
 
 
+@app.command(epilog="Example: ssmcompress compare results/dense results/wanda50 --max-drop 0.01")
+def compare(
+    results: Annotated[
+        list[Path], typer.Argument(metavar="RESULTS", help="Folders that eval --out wrote; the first is the reference.")
+    ],
+    *,
+    max_drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max-drop",
+            metavar="[MEASURE=]BOUND",
+            help="Loss allowed: points of an accuracy, share of a perplexity (repeatable). A real loss beyond it exits "
+            "with 5.",
+            rich_help_panel=GATE,
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail too where such a loss is not excluded.", rich_help_panel=GATE)
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for comparison.json.", rich_help_panel=OUTPUT)
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Say whether what was lost is real: paired on the same items, with intervals; with --max-drop, a gate."""
+    _call("compare", *results, max_drop=max_drop, strict=strict, out=out, overwrite=overwrite, json=json, seed=seed)
+
+
 @app.command(epilog='Example: ssmcompress generate out/wanda50 --against ref:mamba --prompt "Once upon a time"')
 def generate(
     model: Model,
@@ -302,6 +363,44 @@ def convert(
     _call("convert", **locals())
 
 
+recipes = typer.Typer(
+    help="List, show and copy the recipes that come with the package.",
+    epilog="Example: ssmcompress recipes cat prune/wanda-50",
+    no_args_is_help=True,
+)
+app.add_typer(recipes, name="recipes")
+
+
+@recipes.command("ls", epilog="Example: ssmcompress recipes ls")
+def recipes_ls(json: Json = False) -> None:
+    """List the shipped recipes."""
+    _recipes("ls", json=json)
+
+
+@recipes.command("cat", epilog="Example: ssmcompress recipes cat prune/wanda-50")
+def recipes_cat(recipe: RecipeName, *, json: Json = False) -> None:
+    """Show a recipe."""
+    _recipes("cat", recipe, json=json)
+
+
+@recipes.command("cp", epilog="Example: ssmcompress recipes cp prune/wanda-50 mine.yaml")
+def recipes_cp(
+    recipe: RecipeName,
+    to: Annotated[Path, typer.Argument(metavar="TO", help="File or folder to copy it to.")],
+    *,
+    json: Json = False,
+) -> None:
+    """Copy a recipe, to be changed."""
+    _recipes("cp", recipe, to, json=json)
+
+
+def _recipes(name: str, *arguments: Any, json: bool) -> None:
+    with telling(json) as emit:
+        from ssmcompress import recipes
+
+        getattr(recipes, name)(*arguments, emit=emit)
+
+
 @app.command(epilog="Example: ssmcompress doctor")
 def doctor(json: Json = False) -> None:
     """Report packages, compiler and kernels, and check every kernel against the reference."""
@@ -316,12 +415,17 @@ def models(json: Json = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and leaves with its exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for work halve the speed of a busy machine
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was begun is put away
     given = _bare_perplexity(list(sys.argv[1:] if arguments is None else arguments))
     try:
         code = app(given, prog_name="ssmcompress", standalone_mode=False)
     except typer.TyperException as error:
         if error.format_message():  # else there were no arguments, and typer has shown the help
-            Terminal()(_usage(error))
+            event = _usage(error)
+            if "--json" in given:
+                JsonLines(sys.stdout)(event)
+            Terminal()(event)
         code = error.exit_code
     sys.exit(code)
 

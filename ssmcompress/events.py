@@ -87,6 +87,13 @@ class Table(Event):
 
 
 @dataclass(frozen=True)
+class Output(Event):
+    """Text that was asked for, to be passed on as it is."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Finished(Event):
     """The folder that was written and bears its final name."""
 
@@ -190,6 +197,8 @@ class Terminal:
                 if event.title:
                     self._result(Text("\n" + event.title, "bold"))
                 self._result(_table(event))
+            case Output():
+                self._result(Text(event.text.rstrip("\n")))
             case Finished():
                 self._result(Text.assemble(("written: ", "bold green"), event.folder))
 

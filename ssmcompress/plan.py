@@ -1,6 +1,6 @@
 """What a run would change, before it costs anything: shapes are read from the files' headers, no tensor is."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -8,16 +8,19 @@ import torch
 
 from ssmcompress.arch.base import Arch
 from ssmcompress.arch.registry import arch_for
+from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.card import MASKS
 from ssmcompress.checkpoint.card import coverage as coverage_rows
 from ssmcompress.checkpoint.manifest import TensorRecord
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import resolve
 from ssmcompress.edits import Edit, Mask
+from ssmcompress.errors import RecipeError
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
-from ssmcompress.prune.targets import Target, targets
-from ssmcompress.recipe import PruneOptions, pruning
+from ssmcompress.prune.targets import Target, formless, targets
+from ssmcompress.recipe import Prune, PruneOptions, Recipe, pruning
+from ssmcompress.recipes import read, shipped
 
 
 @dataclass(frozen=True)
@@ -27,24 +30,30 @@ class Plan:
     params: int
     weight_bytes: int
     state_bytes: int
+    zeros_before: int | None  # None where nothing has counted them
     zeros: int
     tensors: tuple[TensorRecord, ...]
     loads_in: tuple[str, ...] = ("transformers", "ssmcompress")
 
 
-def plan(model: str, *, emit: Emit = ignore, **options: Unpack[PruneOptions]) -> Plan:
-    """Says what `prune` with the same options would do, and refuses what it would refuse, without reading a weight."""
-    recipe = pruning(model, options)
-    source = resolve(model)
+def plan(
+    model: str | Recipe, overrides: Sequence[str] = (), *, emit: Emit = ignore, **options: Unpack[PruneOptions]
+) -> Plan:
+    """Says what `prune` of a model with these options, or `run` of a recipe with these overrides, would do.
+
+    It refuses what they would refuse, and reads no weight. Where steps meet in one tensor the smallest share is told.
+    """
+    recipe = _recipe(model, overrides, options)
+    source = resolve(recipe.model)
     arch, weights = arch_for(source.config()), Shards(source.folder)
-    chosen = targets(arch, recipe.steps[0])
     shapes = {name: weights.shape(name) for name in weights}
-    expected = {
-        name: expected_kept(shapes[name], module, target, recipe.steps[0].method)
-        for module, target in chosen.items()
-        for name in names(arch, module)
-    }
-    records = records_of(arch, shapes, expected)
+    expected: dict[str, float] = {}
+    for step in recipe.steps:
+        for module, target in targets(arch, step).items():
+            for name in names(arch, module):
+                kept = expected_kept(shapes[name], module, target, step.method)
+                expected[name] = min(kept, expected.get(name, 1.0))
+    records = records_of(arch, shapes, expected, formless(recipe.steps))
     zeros = sum(
         round((1 - record.kept) * torch.Size(record.shape).numel()) for record in records if record.status == "pruned"
     )
@@ -52,11 +61,26 @@ def plan(model: str, *, emit: Emit = ignore, **options: Unpack[PruneOptions]) ->
         params=sum(shape.numel() for shape in shapes.values()),
         weight_bytes=sum(shapes[name].numel() * weights.dtype(name).itemsize for name in weights),
         state_bytes=arch.state_bytes(),
+        zeros_before=manifest.zeros(source.folder),
         zeros=zeros,
         tensors=tuple(records),
     )
     _tell(found, emit)
     return found
+
+
+def _recipe(model: str | Recipe, overrides: Sequence[str], options: PruneOptions) -> Recipe:
+    if isinstance(model, Recipe):
+        return model
+    if not (model in shipped() or model.endswith((".yaml", ".yml"))):
+        if overrides:
+            raise RecipeError(
+                f"{model} is no recipe, and only a recipe has overrides.", hint="Use options: --sparsity."
+            )
+        return pruning(model, options)
+    if pruning(model, options) != pruning(model, {}):
+        raise RecipeError("A recipe says by itself what is pruned.", hint="Change it by overrides: sparsity=0.6")
+    return read(model, overrides)
 
 
 def names(arch: Arch, module: str) -> list[str]:
@@ -80,21 +104,31 @@ def expected_kept(shape: torch.Size, module: str, target: Target, method: str) -
     return 1 - int(size * target.sparsity) / size
 
 
-def coverage(arch: Arch, weights: Shards, edits: Iterable[Edit]) -> tuple[TensorRecord, ...]:
-    """What became of every tensor, from the edits that were made."""
+def coverage(
+    arch: Arch, weights: Shards, edits: Iterable[Edit], steps: Sequence[Prune], zeros: Mapping[str, int]
+) -> tuple[TensorRecord, ...]:
+    """What became of every tensor, from the edits that steps made and the zeros that were counted."""
     kept = {edit.tensor: float(edit.keep.double().mean()) for edit in edits if isinstance(edit, Mask)}
-    return records_of(arch, {name: weights.shape(name) for name in weights}, kept)
+    return records_of(arch, {name: weights.shape(name) for name in weights}, kept, formless(steps), zeros)
 
 
-def records_of(arch: Arch, shapes: Mapping[str, torch.Size], kept: Mapping[str, float]) -> tuple[TensorRecord, ...]:
-    """A record for every tensor: pruned, kept on purpose, or not chosen though it could be."""
+def records_of(
+    arch: Arch,
+    shapes: Mapping[str, torch.Size],
+    kept: Mapping[str, float],
+    unsupported: Container[str] = (),
+    zeros: Mapping[str, int] | None = None,
+) -> tuple[TensorRecord, ...]:
+    """A record for every tensor: pruned, kept on purpose, unsupported by the method, or not chosen."""
     records = []
     for name, shape in shapes.items():
-        fields: dict[str, Any] = {"name": name, "shape": tuple(shape)}
+        fields: dict[str, Any] = {"name": name, "shape": tuple(shape), "zeros": (zeros or {}).get(name)}
         if name in kept:
             records.append(TensorRecord(**fields, status="pruned", kept=kept[name]))
         elif arch.kept_on_purpose(name):
             records.append(TensorRecord(**fields, status="kept", reason="on purpose"))
+        elif any(part in unsupported for part in name.split(".")):
+            records.append(TensorRecord(**fields, status="unsupported", reason="the method has no form for it"))
         else:
             records.append(TensorRecord(**fields, status="kept", reason="not chosen"))
     return tuple(records)
@@ -102,7 +136,7 @@ def records_of(arch: Arch, shapes: Mapping[str, torch.Size], kept: Mapping[str, 
 
 def tell_coverage(records: Sequence[TensorRecord], emit: Emit) -> None:
     """The coverage table: every kind of tensor once."""
-    emit(Table("coverage", ("weight", "tensors", "what happened", "kept"), tuple(coverage_rows(records))))
+    emit(Table("coverage", ("weight", "tensors", "what happened", "not zero"), tuple(coverage_rows(records))))
     if any(record.status == "pruned" for record in records):
         emit(Note(MASKS))
 
@@ -110,7 +144,11 @@ def tell_coverage(records: Sequence[TensorRecord], emit: Emit) -> None:
 def _tell(found: Plan, emit: Emit) -> None:
     rows = (
         ("parameters", f"{found.params:,}", f"{found.params:,}"),
-        ("of them zero", "0", f"{found.zeros:,}"),
+        (
+            "of them zero",
+            "not counted" if found.zeros_before is None else f"{found.zeros_before:,}",
+            f"{found.zeros:,}",
+        ),
         ("weight bytes", f"{found.weight_bytes:,}", f"{found.weight_bytes:,}"),
         ("state bytes a sequence", f"{found.state_bytes:,}", f"{found.state_bytes:,}"),
     )

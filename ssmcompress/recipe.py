@@ -1,9 +1,14 @@
-"""What is to be done, as data: model, calibration, steps. Unknown keys are refused."""
+"""What is to be done, as data: model, calibration, steps, what is measured and what may be lost.
+
+Unknown keys are refused, and every mistake is told at once, with its line where the recipe is a file.
+"""
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import yaml
@@ -12,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ssmcompress.errors import RecipeError
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
+Drop = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Scope = Literal["row", "tensor"]
 Method = Literal["wanda", "magnitude", "sparsegpt"]
 
 
@@ -31,16 +38,33 @@ class Calibration(_Strict):
 
 
 class Prune(_Strict):
-    """Zeroes weights: a share of each row or tensor, or M - N of every M inputs."""
+    """Zeroes weights: a share of each tensor or row (half unless told), or M - N of every M inputs.
+
+    Scores compete over the whole tensor unless `scope` says row, for all modules or by module. WANDA's authors compare
+    within rows, which costs these models more: a row of in_proj is a channel, a state or a step size, of which the
+    model uses some far more than others (evals/results/scopes.md).
+    """
 
     step: Literal["prune"] = "prune"
     method: Method = "wanda"
-    sparsity: Ratio = 0.5
+    sparsity: Ratio | None = None
     pattern: str | None = None
-    scope: Literal["row", "tensor"] | None = None
+    scope: Scope | dict[str, Scope] | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     modules: dict[str, Ratio] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _half(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("sparsity") is None and values.get("pattern") is None:
+            return values | {"sparsity": 0.5}
+        return values
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("pattern")
     @classmethod
@@ -55,15 +79,44 @@ class Prune(_Strict):
     def _consistent(self) -> "Prune":
         if self.pattern and self.modules:
             raise ValueError("pattern and modules (ratios by module) exclude one another")
+        if self.pattern and self.sparsity is not None:
+            raise ValueError(f"pattern {self.pattern} and sparsity {self.sparsity} exclude one another")
         if self.scope and (self.pattern or self.method == "sparsegpt"):
             cause = "a pattern" if self.pattern else "sparsegpt"
             raise ValueError(f"scope has no meaning with {cause}, which has groups of its own")
         return self
 
 
+class Evaluation(_Strict):
+    """What is measured of the dense model and of the result, each from disk: the options of the verb `eval`."""
+
+    perplexity: str | None = "default"
+    recall: bool = False
+    suite: str | None = None
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    limit: Annotated[int, Field(gt=0)] | None = None
+    length: Annotated[int, Field(gt=1)] = 512
+    batch_size: Annotated[int, Field(gt=0)] = 8
+
+
+class Gate(_Strict):
+    """What may be lost at most, by task or measure; one number is the bound of `all` (see `compare`)."""
+
+    max_drop: Annotated[dict[str, Drop], Field(min_length=1)]
+    strict: bool = False
+
+    @field_validator("max_drop", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return {"all": value} if isinstance(value, int | float) else value
+
+
 class Recipe(_Strict):
     """A whole run, every default written out."""
 
+    description: str = ""
     model: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     backend: Literal["auto", "native", "torch", "cuda", "reference"] = "auto"
@@ -71,14 +124,31 @@ class Recipe(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     calibrate: Calibration = Calibration()
     steps: tuple[Prune, ...]
+    eval: Evaluation | None = None
+    gate: Gate | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Recipe":
+        if not self.steps:
+            raise ValueError("there are no steps")
+        if self.gate and not self.eval:
+            raise ValueError("a gate needs an eval section, which says what is measured")
+        return self
 
     def to_yaml(self) -> str:
         """The recipe as YAML, in the order of the schema."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def sha256(self) -> str:
-        """A hash of what the recipe says, whatever its spelling."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """A hash of what is done, whatever its spelling and description."""
+        said = self.model_dump(mode="json", exclude={"description"})
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def portable(self, model: str) -> "Recipe":
+        """The same recipe as records name it: without the paths of this machine."""
+        text = self.calibrate.text
+        name = Path(text).name if text is not None and Path(text).exists() else text
+        return self.model_copy(update={"model": model, "calibrate": self.calibrate.model_copy(update={"text": name})})
 
 
 class PruneOptions(TypedDict, total=False):
@@ -125,28 +195,30 @@ def pruning(model: str, options: PruneOptions) -> Recipe:
     return recipe(model=model, calibrate=calibrate, steps=[step], **rest)
 
 
-def parse(text: str) -> Recipe:
-    """The recipe of a YAML text; RecipeError where it is none."""
-    try:
-        fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"The recipe is not YAML: {error}.") from None
-    if not isinstance(fields, dict):
-        raise RecipeError("The recipe is not a mapping.")
-    return recipe(**fields)
-
-
 def recipe(**fields: Any) -> Recipe:
     """A recipe from plain values; RecipeError tells every mistake at once."""
     try:
-        return Recipe(**fields)
+        return Recipe.model_validate(fields)
     except ValidationError as error:
-        raise RecipeError("; ".join(_sentences(error)) + ".") from None
+        raise RecipeError("; ".join(sentence(item) for item in error.errors()) + ".") from None
 
 
-def _sentences(error: ValidationError) -> Sequence[str]:
-    found = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if part not in ("steps", 0)) or "the recipe"
-        found.append(f"{where}: {item['msg'].removeprefix('Value error, ')}, found {item['input']!r}")
-    return found
+SECTIONS: dict[str, type[_Strict]] = {"calibrate": Calibration, "steps": Prune, "eval": Evaluation, "gate": Gate}
+
+
+def sentence(item: Any) -> str:
+    """One of pydantic's errors in a sentence: where, what is wrong, what was found."""
+    loc = [str(part) for part in item["loc"]]
+    where = ".".join(loc) or "the recipe"
+    if item["type"] == "missing":
+        return f"{where}: is missing"
+    if item["type"] == "extra_forbidden":
+        sections = [SECTIONS[part] for part in loc[:-1] if part in SECTIONS]
+        near = get_close_matches(loc[-1], (sections or [Recipe])[-1].model_fields, n=1)
+        return f"{where}: there is no such key" + (f", did you mean {near[0]!r}?" if near else "")
+    said = f"{where}: {item['msg'].removeprefix('Value error, ')}"
+    if item["type"] == "literal_error":
+        near = get_close_matches(str(item["input"]), re.findall(r"'([^']*)'", item["msg"]), n=1)
+        return f"{said}, found {item['input']!r}" + (f", did you mean {near[0]!r}?" if near else "")
+    whole = isinstance(item["input"], dict)  # a contradiction between keys, which the message names
+    return said if whole else f"{said}, found {item['input']!r}"

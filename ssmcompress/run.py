@@ -1,5 +1,6 @@
 """Runs a recipe from model to verified folder: load, calibrate, find edits, write, load again, measure."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,30 +8,35 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmcompress import edits as editing
+from ssmcompress import record
 from ssmcompress.arch.base import mixers
 from ssmcompress.arch.registry import arch_for
+from ssmcompress.assess import assess, left_to_assess
 from ssmcompress.calib import data
-from ssmcompress.checkpoint import card, manifest
+from ssmcompress.checkpoint import manifest
+from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.output import output, write
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import Checkpoint, Source, load, resolve
 from ssmcompress.checkpoint.verify import Verification, verify
-from ssmcompress.edits import Edit, Mask
-from ssmcompress.errors import InputError
+from ssmcompress.edits import Edit, Replace
+from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.evaluate.evaluation import compute_dtype
-from ssmcompress.events import Emit, Finished, JsonLines, Metric, Note, Table, fan, ignore
-from ssmcompress.measure import exercises, text
-from ssmcompress.measure.perplexity import Perplexity, paired_difference, perplexity
+from ssmcompress.events import Emit, Finished, JsonLines, Note, fan, ignore
+from ssmcompress.journal import Journal
+from ssmcompress.measure import exercises
+from ssmcompress.measure.glance import Glance, glance, tell_change
 from ssmcompress.plan import coverage, tell_coverage
 from ssmcompress.prune.apply import find_edits
 from ssmcompress.prune.targets import targets
-from ssmcompress.recipe import PruneOptions, Recipe, parse, pruning
+from ssmcompress.recipe import PruneOptions, Recipe, pruning
+from ssmcompress.recipes import parse, read
 
-EDITS, RECIPE, MEASURED, EVENTS = "edits.safetensors", "recipe.yaml", "measured.json", "events.jsonl"
+EDITS, EVENTS = "edits.safetensors", "events.jsonl"
 EXERCISE_TOKENS = 30  # of the shorter ones on average
 MIX_SHARE = 0.25  # of the calibration windows, where memory exercises are mixed in
 
@@ -41,8 +47,8 @@ class Result:
 
     folder: Path
     edits: tuple[Edit, ...]
-    before: Perplexity | None
-    after: Perplexity | None
+    before: Glance | None
+    after: Glance | None
 
 
 def prune(
@@ -54,36 +60,80 @@ def prune(
     emit: Emit = ignore,
     **options: Unpack[PruneOptions],
 ) -> Result:
-    """Sets weights to zero, writes the checkpoint, loads it again and measures it; the options are those of a recipe.
+    """Sets weights to zero, writes the checkpoint, loads it again and measures it.
+
+    Options, with the defaults of a recipe: method "wanda" | "magnitude" | "sparsegpt"; sparsity 0.5, or pattern "N:M";
+    scope "row" | "tensor"; include, exclude: module names; modules: ratios by module; calib, calib_split, calib_column,
+    calib_mix "recall", windows 64, length 512: the calibration text; seed, device, dtype, backend.
 
     Raises RecipeError or InputError for what was given, UnsupportedError for a model or module it cannot prune so.
     """
-    return run(pruning(model, options), out, overwrite=overwrite, measure=not no_eval, emit=emit)
+    return _compress(pruning(model, options), out, overwrite=overwrite, measure=not no_eval, emit=emit)
 
 
 def run(
-    recipe: Recipe, out: str | Path, *, overwrite: bool = False, measure: bool = True, emit: Emit = ignore
+    recipe: Recipe | str,
+    overrides: Sequence[str] = (),
+    *,
+    out: str | Path,
+    no_eval: bool = False,
+    overwrite: bool = False,
+    emit: Emit = ignore,
 ) -> Result:
-    """Does what a recipe says and writes the folder `out`."""
+    """Does what a recipe says, given as such, by its shipped name or by its path, with `key=value` overrides.
+
+    Where its eval section is left to do in a folder that the same recipe wrote, it goes on there. Raises RecipeError
+    for a recipe that will not do, GateError where more was lost than its gate lets through.
+    """
+    if isinstance(recipe, str):
+        recipe = read(recipe, overrides)
+    if recipe.eval is None or no_eval:
+        return _compress(recipe, out, overwrite=overwrite, measure=not no_eval, emit=emit)
+    folder = Path(out).expanduser()
+    if not overwrite and left_to_assess(recipe, folder):
+        emit(Note(f"{out} is there already: only what is left of its evaluation is done."))
+        result = Result(folder, editing.load(folder / EDITS).items, None, None)
+    else:
+        result = _compress(recipe, out, overwrite=overwrite, measure=False, emit=emit)
+    assess(recipe, folder, emit)
+    return result
+
+
+def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool, emit: Emit) -> Result:
+    """Makes the model of a recipe and writes the folder `out`."""
     source = resolve(recipe.model)
     arch = arch_for(source.config())
     for step in recipe.steps:
         targets(arch, step)
-    with output(out, overwrite=overwrite, recipe_hash=recipe.sha256(), source=source) as folder:
-        with JsonLines(folder / EVENTS) as journal:
-            tell = fan(emit, journal)
+    origin = manifest.describe(source)
+    told, key = recipe.portable(source.label), _key(recipe, origin, measure)
+    with output(out, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
+        journal = Journal(folder, EVENTS)
+        with journal.kept(), JsonLines(folder / EVENTS) as lines:
+            tell = fan(emit, lines)
             checkpoint = _load(source, recipe, tell)
-            windows = _calibration(checkpoint, recipe)
-            before = _measure(checkpoint, tell, "before") if measure else None
-            found, calibration = _edit(checkpoint, recipe, windows, tell), _described(windows)
-            editing.save(found, folder / EDITS, {"recipe": recipe.to_yaml(), "calibration": json.dumps(calibration)})
-            verification = _write(checkpoint, found, folder)
-            after = _measure(_reload(folder, recipe), tell, "after") if measure else None
-            _compare(before, after, tell)
-        _record(folder, "prune", checkpoint, found, recipe, calibration, verification, (before, after))
-    tell_coverage(coverage(checkpoint.arch, checkpoint.stored, found), emit)
+            windows = _calibration(checkpoint, recipe, tell)
+            before = _look(checkpoint, recipe, tell) if measure else None
+            found = _edit(checkpoint, recipe, windows, tell, journal)
+            calibration = record.described(windows)
+            editing.save(found, folder / EDITS, _said(told, checkpoint, found, calibration))
+            zeros, verification = _write(checkpoint, found, folder)
+            after = _look(_reload(folder, recipe), recipe, tell) if measure else None
+            if before is not None and after is not None:
+                tell_change(before, after, tell)
+            tensors = coverage(checkpoint.arch, checkpoint.stored, found, recipe.steps, zeros)
+            tell_coverage(tensors, tell)
+        made: dict[str, Any] = {"calibration": calibration, "verification": verification}
+        made |= {"source": origin, "edits": found, "tensors": tensors}
+        record.write(folder, "prune", checkpoint, told, before=before, after=after, **made)
     emit(Finished(str(out)))
     return Result(Path(out), tuple(found), before, after)
+
+
+def _key(recipe: Recipe, origin: manifest.SourceRecord, measure: bool) -> str:
+    """What an unfinished folder must share with a run that goes on with it."""
+    said = [recipe.sha256(), origin.model_dump(), manifest.versions(), measure]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def apply(
@@ -97,24 +147,52 @@ def apply(
 ) -> Path:
     """Applies the edits of an earlier run to a model: the same bytes as that run wrote, without calibration.
 
-    Raises InputError where the edits are damaged or do not fit the model.
+    Raises InputError where the edits are damaged, do not fit the model, or hold new values made for other weights.
     """
     loaded = editing.load(Path(edits))
     source = resolve(model)
-    recipe = parse(loaded.metadata.get("recipe", ""))
+    recipe = parse(loaded.metadata.get("recipe", ""), "the recipe in the edits")
     calibration = _told(loaded.metadata.get("calibration", "null"))
     with output(out, overwrite=overwrite, source=source) as folder:
-        with JsonLines(folder / EVENTS) as journal:
-            tell = fan(emit, journal)
+        with JsonLines(folder / EVENTS) as lines:
+            tell = fan(emit, lines)
             checkpoint = load(source, dtype=torch.float32, backend=backend)
+            _require_same(loaded, checkpoint, tell)
             with torch.no_grad():
                 editing.apply(loaded.items, dict(checkpoint.model.named_parameters()))
             editing.save(loaded.items, folder / EDITS, loaded.metadata)
-            verification = _write(checkpoint, loaded.items, folder)
+            zeros, verification = _write(checkpoint, loaded.items, folder)
             tell(Note(f"Applied {len(loaded.items)} edits."))
-        _record(folder, "apply", checkpoint, loaded.items, recipe, calibration, verification)
+            tensors = coverage(checkpoint.arch, checkpoint.stored, loaded.items, recipe.steps, zeros)
+        made: dict[str, Any] = {"calibration": calibration, "verification": verification}
+        made |= {"source": manifest.describe(source), "edits": loaded.items, "tensors": tensors}
+        record.write(folder, "apply", checkpoint, recipe, **made)
     emit(Finished(str(out)))
     return Path(out)
+
+
+def _require_same(loaded: editing.Edits, checkpoint: Checkpoint, tell: Emit) -> None:
+    """Masks may go to a later state of the same model; new values belong to the weights they were computed from."""
+    expected = loaded.metadata.get("weights")
+    if expected in (None, record.fingerprint(loaded.items, checkpoint.stored)):
+        return
+    if any(isinstance(edit, Replace) for edit in loaded.items):
+        raise InputError(
+            f"The edits hold new values made for other weights than those of {checkpoint.source.name}.",
+            hint="Give the model they were made from, or prune this one anew.",
+        )
+    tell(Note("The weights are not those that the masks were chosen for.", "warning"))
+
+
+def _said(
+    recipe: Recipe, checkpoint: Checkpoint, found: Sequence[Edit], calibration: dict[str, Any] | None
+) -> dict[str, str]:
+    """What stands beside edits: how they were found, on what text, and for which weights."""
+    return {
+        "recipe": recipe.to_yaml(),
+        "calibration": json.dumps(calibration),
+        "weights": record.fingerprint(found, checkpoint.stored),
+    }
 
 
 def _told(text: str) -> dict[str, Any] | None:
@@ -125,37 +203,51 @@ def _told(text: str) -> dict[str, Any] | None:
 
 
 def _load(source: Source, recipe: Recipe, tell: Emit) -> Checkpoint:
-    checkpoint = load(
-        source, dtype=compute_dtype(recipe.dtype, recipe.device), device=recipe.device, backend=recipe.backend
+    dtype = compute_dtype(recipe.dtype, recipe.device)
+    checkpoint = load(source, dtype=dtype, device=recipe.device, backend=recipe.backend)
+    stored = checkpoint.stored.dtype(EMBEDDING["hf"])
+    if any(step.method == "sparsegpt" for step in recipe.steps) and not _holds(checkpoint.model.dtype, stored):
+        raise UnsupportedError(
+            f"SparseGPT computes new values: in {checkpoint.model.dtype} they are coarser than the stored {stored}.",
+            hint="Leave out --dtype.",
+        )
+    tell(
+        Note("Kernels: " + ", ".join(f"{kernel} {name}" for kernel, name in record.backends(checkpoint).items()) + ".")
     )
-    kernels = _kernels(checkpoint.model, recipe.device)
-    tell(Note("Kernels: " + ", ".join(f"{kernel} {name}" for kernel, name in kernels.items()) + "."))
     return checkpoint
 
 
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    return torch.promote_types(wide, narrow) == wide
+
+
 def _reload(folder: Path, recipe: Recipe) -> Checkpoint:
-    return load(
-        str(folder), dtype=compute_dtype(recipe.dtype, recipe.device), device=recipe.device, backend=recipe.backend
-    )
+    dtype = compute_dtype(recipe.dtype, recipe.device)
+    return load(str(folder), dtype=dtype, device=recipe.device, backend=recipe.backend)
 
 
-def _edit(checkpoint: Checkpoint, recipe: Recipe, windows: data.Windows | None, tell: Emit) -> list[Edit]:
+def _look(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> Glance | None:
+    if checkpoint.tokenizer is None:
+        tell(Note("Without a tokenizer nothing is measured.", "warning"))
+        return None
+    return glance(checkpoint.model, checkpoint.tokenizer, recipe.seed, tell)
+
+
+def _edit(
+    checkpoint: Checkpoint, recipe: Recipe, windows: data.Windows | None, tell: Emit, journal: Journal
+) -> list[Edit]:
     dtypes = {name: checkpoint.stored.dtype(name) for name in checkpoint.stored}
     ids = None if windows is None else windows.ids.to(recipe.device)
-    made = [find_edits(checkpoint.model, checkpoint.arch, step, ids, dtypes, tell) for step in recipe.steps]
+    made = []
+    for i, step in enumerate(recipe.steps):
+        layers = journal.step(i)
+        if layers:
+            tell(Note(f"Going on from an earlier run: {len(layers)} of {checkpoint.arch.layers} layers are done."))
+        made.append(find_edits(checkpoint.model, checkpoint.arch, step, ids, dtypes, tell, layers))
     return editing.compose(*made)
 
 
-def _described(windows: data.Windows | None) -> dict[str, Any] | None:
-    """The calibration tokens for records, which hold no paths."""
-    if windows is None:
-        return None
-    count, length = windows.ids.shape
-    source = Path(windows.source).name if Path(windows.source).exists() else windows.source
-    return {"source": source, "sha256": windows.sha256, "windows": count, "length": length}
-
-
-def _calibration(checkpoint: Checkpoint, recipe: Recipe) -> data.Windows | None:
+def _calibration(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> data.Windows | None:
     """The tokens that statistics are taken from; None where no step needs them."""
     if all(step.method == "magnitude" for step in recipe.steps):
         return None
@@ -169,7 +261,7 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe) -> data.Windows | None:
     share = MIX_SHARE if wanted.mix else 0.0
     count = int(share * wanted.windows * wanted.length / EXERCISE_TOKENS) + 1
     extra = exercises.exercise_documents(tokenizer, count, seed) if share else ()
-    return data.windows(
+    found = data.windows(
         wanted.text,
         tokenizer,
         count=wanted.windows,
@@ -180,104 +272,40 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe) -> data.Windows | None:
         extra=extra,
         share=share,
     )
+    if len(found.ids) < wanted.windows:
+        tell(
+            Note(f"The text holds {len(found.ids)} windows of {wanted.length} tokens, not {wanted.windows}.", "warning")
+        )
+    return found
 
 
-def _write(checkpoint: Checkpoint, found: Sequence[Edit], folder: Path) -> Verification:
-    """Writes the source's own bytes with the edits on them, one tensor at a time, and proves that they load."""
+def _write(checkpoint: Checkpoint, found: Sequence[Edit], folder: Path) -> tuple[dict[str, int], Verification]:
+    """Writes the source's own bytes with the edits on them, one tensor at a time, and proves that they load.
+
+    Returns the number of zeros in every tensor as written, too.
+    """
     weights: Shards = checkpoint.stored
     by_name = editing.by_tensor(found)
+    zeros: dict[str, int] = {}
 
     def value(name: str) -> Tensor:
         tensors = {name: weights[name]}
         editing.apply(by_name.get(name, ()), tensors)
+        zeros[name] = tensors[name].numel() - int(tensors[name].count_nonzero())
         return tensors[name]
 
     shapes = {name: torch.empty(weights.shape(name), dtype=weights.dtype(name), device="meta") for name in weights}
     write(checkpoint, folder, shapes, value=value)
-    return verify(folder, _exact(checkpoint, found))
+    return zeros, verify(folder, _exact(checkpoint, found))
 
 
 def _exact(checkpoint: Checkpoint, found: Sequence[Edit]) -> PreTrainedModel:
     """The edited model as it must load again: the one at hand, unless it computes in less than what is stored."""
     model, stored = checkpoint.model, checkpoint.stored
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if name in stored}
-    if all(torch.promote_types(stored.dtype(name), dtype) == dtype for name, dtype in dtypes.items()):
+    if all(_holds(dtype, stored.dtype(name)) for name, dtype in dtypes.items()):
         return model
     backend = next(mixers(model)).backend.name
     exact = load(checkpoint.source, dtype=torch.float32, device=model.device, backend=backend).model
     editing.apply(found, dict(exact.named_parameters()))
     return exact
-
-
-def _measure(checkpoint: Checkpoint, tell: Emit, when: str) -> Perplexity | None:
-    if checkpoint.tokenizer is None:
-        tell(Note("Without a tokenizer nothing is measured.", "warning"))
-        return None
-    found = perplexity(checkpoint.model, checkpoint.tokenizer, text.documents(), windows=1, emit=tell)
-    tell(Metric(f"bits per byte {when}", found.bits_per_byte, *found.bits_per_byte_interval))
-    return found
-
-
-def _compare(before: Perplexity | None, after: Perplexity | None, tell: Emit) -> None:
-    if before is None or after is None:
-        return
-    change, low, high = paired_difference(before.documents, after.documents)
-    rows = (
-        ("bits per byte", f"{before.bits_per_byte:.4f}", f"{after.bits_per_byte:.4f}", f"{change:+.4f}"),
-        ("token perplexity", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}", ""),
-    )
-    tell(Table("before and after", ("", "before", "after", "change"), rows))
-    tell(Note(f"Paired 95 % interval of the change in bits per byte: {low:+.4f} to {high:+.4f}."))
-
-
-def _record(
-    folder: Path,
-    verb: str,
-    checkpoint: Checkpoint,
-    found: Sequence[Edit],
-    recipe: Recipe,
-    calibration: dict[str, Any] | None,
-    verification: Verification,
-    measured: tuple[Perplexity | None, Perplexity | None] = (None, None),
-) -> None:
-    (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-    before, after = measured
-    measures: list[card.Measure] = []
-    if before is not None and after is not None:
-        change, low, high = paired_difference(before.documents, after.documents)
-        kept = {"before": before.to_dict(), "after": after.to_dict(), "change": change, "interval": (low, high)}
-        (folder / MEASURED).write_text(json.dumps(kept) + "\n", encoding="utf-8")
-        told = f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"
-        measures.append(card.Measure("bits per byte", before.bits_per_byte, after.bits_per_byte, told))
-    record = manifest.write(
-        folder,
-        verb=verb,
-        source=checkpoint.source,
-        seed=recipe.seed,
-        recipe_sha256=recipe.sha256(),
-        verification=verification,
-        backend=_kernels(checkpoint.model, checkpoint.model.device),
-        calibration=calibration,
-        tensors=coverage(checkpoint.arch, checkpoint.stored, found),
-    )
-    card.write(
-        folder,
-        title=f"{checkpoint.source.label}, pruned",
-        summary=_summary(found),
-        manifest=record,
-        recipe=recipe.to_yaml(),
-        measures=measures,
-        measured_on="the first 512 tokens of each of 62 Wikipedia pages (the test split of WikiText-2)",
-        license=card.license_of(checkpoint.source),
-    )
-
-
-def _summary(found: Sequence[Edit]) -> str:
-    masks = [edit for edit in found if isinstance(edit, Mask)]
-    kept = sum(int(mask.keep.sum()) for mask in masks) / max(1, sum(mask.keep.numel() for mask in masks))
-    return f"{1 - kept:.1%} of the entries of {len(masks)} weight tensors were set to zero by ssmcompress."
-
-
-def _kernels(model: nn.Module, device: str | torch.device) -> dict[str, str]:
-    mixer = next(module for module in model.modules() if hasattr(module, "backend"))
-    return mixer.backend.names(device, model.dtype)  # type: ignore[operator, union-attr]

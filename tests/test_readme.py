@@ -85,14 +85,20 @@ def test_the_files_it_links_to_exist(readme):
     assert [link for link in links if link and not (ROOT / link).exists()] == []
 
 
-def test_its_generated_parts_are_current(readme):
+@pytest.mark.parametrize("page", ["README.md", "recipes/README.md"])
+def test_the_generated_parts_are_current(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     made = subprocess.run(
-        [sys.executable, "-c", "import sys, readme; sys.stdout.write(readme.filled(sys.stdin.read()))"],
-        input=readme,
-        cwd=ROOT / "evals",
+        [
+            sys.executable,
+            "-c",
+            "import sys; from evals import readme; sys.stdout.write(readme.filled(sys.stdin.read()))",
+        ],
+        input=text,
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert made.stdout == readme, "run: python evals/readme.py"
+    assert made.stdout == text, "run: python -m evals.readme"

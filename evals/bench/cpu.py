@@ -7,9 +7,7 @@ import argparse
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +20,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from ssmcompress.evaluate.peak import forget, resident
+from ssmcompress.evaluate.speed import rounds as in_turns
 from ssmcompress.events import Emit, Metric, Note, Table, Terminal
 from ssmcompress.kernels import AUTO
 
@@ -147,14 +147,7 @@ def contestants(bench: Bench, family: str, dtype: str, layers: int = 0) -> tuple
 
 def rounds(bench: Bench, asked: dict[str, Callable[[], Any]], warm: bool = True) -> dict[str, list[float]]:
     """Seconds of each in turn, round by round; a first round warms up and is dropped."""
-    times: dict[str, list[float]] = {name: [] for name in asked}
-    for turn in range(bench.repeats + warm):
-        for name, work in asked.items():
-            started = bench.clock()
-            work()
-            if turn >= warm:
-                times[name].append(bench.clock() - started)
-    return times
+    return in_turns(asked, bench.repeats, int(warm), clock=bench.clock)
 
 
 def compared(task: str, family: str, dtype: str, times: dict[str, list[float]]) -> list[tuple[str, ...]]:
@@ -251,24 +244,10 @@ def _work(bench: Bench, prepare: Callable[[Bench], Callable[[], Any]], result: A
     torch.set_num_threads(bench.threads)
     work = prepare(bench)
     before = resident("VmRSS")
-    forget_peak()
+    forget()
     started = bench.clock()
     work()
     result.send((bench.clock() - started, resident("VmHWM"), before))
-
-
-def resident(field: str) -> float:
-    """Bytes of a field of /proc/self/status; where there is none, the peak that the system kept."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024.0 * next(int(row.split()[1]) for row in status.read_text().splitlines() if row.startswith(field))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
-
-
-def forget_peak() -> None:
-    """Lets the peak start from what is resident now (Linux)."""
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def machine(bench: Bench) -> tuple[tuple[str, str], ...]:

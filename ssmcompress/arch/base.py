@@ -146,7 +146,7 @@ class Mixer(nn.Module):
         """What earlier tokens left behind: convolution inputs [B, C, K-1] and state, None where there were none."""
         left = state = None
         if cache is not None and cache.has_previous_state(self.layer_idx):
-            left = cast(Tensor, cache.get_conv_state(self.layer_idx))[..., 1:]
+            left = cast(Tensor, cache.get_conv_state(self.layer_idx))[..., 1 - self.conv1d.weight.shape[-1] :]
             state = cache.get_recurrent_state(self.layer_idx)
             if torch.is_grad_enabled():  # the cache changes in place what the backward still needs
                 state = state.clone()

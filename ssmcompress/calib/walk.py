@@ -4,7 +4,7 @@ The residual stream is kept in float32 and passed on, so that every block sees w
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,6 +28,7 @@ class Walk:
     collect: Callable[[int], Moment]
     edit: EditBlock
     batch: int = 1  # windows at a time: on a CPU one is the fastest and takes the least memory
+    known: Container[int] = ()  # layers whose edits an earlier run has found: not observed again
 
     @torch.no_grad()
     def run(self, model: nn.Module, arch: Arch, windows: Tensor, emit: Emit = ignore) -> list[Tensor]:
@@ -41,11 +42,11 @@ class Walk:
         hidden = [embed(ids).float() for ids in windows.split(self.batch)]
         for layer, block in enumerate(arch.blocks(model)):
             started = time.perf_counter()
-            statistics, dense = self._observe(layer, block, hidden)
+            statistics, dense = ({}, None) if layer in self.known else self._observe(layer, block, hidden)
             kept = self.edit(layer, block, statistics)
             for i, rows in enumerate(hidden):
                 hidden[i] = block(rows)
-            error = float((hidden[0] - dense).norm() / dense.norm())
+            error = None if dense is None else float((hidden[0] - dense).norm() / dense.norm())
             emit(LayerDone(layer, arch.layers, time.perf_counter() - started, error, kept))
         return hidden
 

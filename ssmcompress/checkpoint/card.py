@@ -71,14 +71,14 @@ def license_of(source: Source) -> str | None:
 
 
 def coverage(tensors: Sequence[TensorRecord]) -> list[tuple[str, str, str, str]]:
-    """Rows (weight, layers, what happened, kept share), one a kind of tensor, in the order of the model."""
+    """Rows (weight, layers, what happened, share that is not zero), one a kind of tensor, in the order of the model."""
     kinds: dict[tuple[str, str, str], list[TensorRecord]] = {}
     for tensor in tensors:
         kinds.setdefault((_kind(tensor.name), tensor.status, tensor.reason), []).append(tensor)
     rows = []
     for (kind, status, reason), members in kinds.items():
-        sizes = [_size(tensor) for tensor in members]
-        kept = sum(size * tensor.kept for size, tensor in zip(sizes, members, strict=True)) / max(1, sum(sizes))
+        size = sum(tensor.size for tensor in members)
+        kept = sum(tensor.size * tensor.nonzero for tensor in members) / max(1, size)
         rows.append((kind, str(len(members)), f"{status}: {reason}" if reason else status, f"{kept:.1%}"))
     return rows
 
@@ -110,7 +110,7 @@ def _measured(measures: Sequence[Measure], measured_on: str) -> str:
 def _coverage(manifest: Manifest) -> str:
     if not manifest.tensors:
         return ""
-    table = _table(("weight", "tensors", "what happened", "kept"), coverage(manifest.tensors))
+    table = _table(("weight", "tensors", "what happened", "not zero"), coverage(manifest.tensors))
     share = f"Of the pruned tensors, {manifest.sparsity:.1%} of the entries are zero." if manifest.sparsity else ""
     return "\n\n".join(part for part in ("## What was touched", table, share, MASKS if share else "") if part)
 
@@ -129,6 +129,7 @@ def _provenance(manifest: Manifest) -> str:
     source = manifest.source
     lines = [f"- Source: `{source.name}`" + (f" at commit `{source.revision}`" if source.revision else "")]
     lines += [f"- SHA-256 of its `{file}`: `{digest}`" for file, digest in source.sha256.items()]
+    lines += [f"- Before that: `{run.verb}` of `{run.source.name}`" for run in reversed(manifest.earlier)]
     if manifest.calibration is not None:
         calibration = manifest.calibration
         lines.append(
@@ -158,10 +159,3 @@ def _kind(name: str) -> str:
         .removeprefix("backbone.")
         .removeprefix("layers.")
     )
-
-
-def _size(tensor: TensorRecord) -> int:
-    size = 1
-    for width in tensor.shape:
-        size *= width
-    return size

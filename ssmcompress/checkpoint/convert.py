@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ssmcompress.checkpoint import manifest
+from ssmcompress.checkpoint import card, manifest
 from ssmcompress.checkpoint.layout import EMBEDDING, HEAD, original_config, original_name
 from ssmcompress.checkpoint.output import carry, output, write
 from ssmcompress.checkpoint.shards import BIN, require_space
@@ -16,6 +16,7 @@ from ssmcompress.errors import InputError, ResourceError
 from ssmcompress.events import Emit, Finished, Metric, ignore
 
 To = Literal["hf", "mamba-ssm"]
+LAYOUTS = {"hf": "Hugging Face", "mamba-ssm": "mamba-ssm"}
 
 
 def convert(model: str, *, to: To, out: str | Path, overwrite: bool = False, emit: Emit = ignore) -> Path:
@@ -34,7 +35,22 @@ def convert(model: str, *, to: To, out: str | Path, overwrite: bool = False, emi
         verified = verify(folder, checkpoint.model, stock=to == "hf")
         for loader in verified.loaders:
             emit(Metric(f"logit difference, {loader}", getattr(verified, loader)))
-        manifest.write(folder, verb="convert", source=checkpoint.source, verification=verified)
+        source = checkpoint.source
+        made = manifest.write(
+            folder,
+            verb="convert",
+            source=source,
+            earlier=manifest.history(source),
+            tensors=manifest.carried(source),
+            verification=verified,
+        )
+        card.write(
+            folder,
+            title=f"{source.label}, in the {LAYOUTS[to]} layout",
+            summary="Every tensor is bit for bit that of the source; only names and files differ.",
+            manifest=made,
+            license=card.license_of(source),
+        )
     emit(Finished(str(out)))
     return Path(out)
 

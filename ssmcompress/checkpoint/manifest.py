@@ -3,7 +3,9 @@
 It holds no times and no paths, so that the same run writes the same bytes.
 """
 
+import contextlib
 import hashlib
+import math
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +23,7 @@ from ssmcompress.errors import InputError
 
 NAME = "ssmcompress.json"
 UNHASHED = (NAME, "README.md", "events.jsonl", "measured.json")  # itself, what is written from it, what holds times
+EVALUATION = "eval"  # the folder of what was measured afterwards
 
 
 class Record(BaseModel):
@@ -38,6 +41,14 @@ class SourceRecord(Record):
     sha256: dict[str, str]
 
 
+class EarlierRecord(Record):
+    """A run that made the source, or the source of the source."""
+
+    verb: str
+    recipe_sha256: str | None
+    source: SourceRecord
+
+
 class CalibrationRecord(Record):
     """The calibration tokens: where from, how many windows of what length, and the hash of the ids."""
 
@@ -48,13 +59,27 @@ class CalibrationRecord(Record):
 
 
 class TensorRecord(Record):
-    """What happened to one tensor; `kept` is the fraction of entries that pruning left, `reason` why it is whole."""
+    """What happened to one tensor; `kept` is the fraction of entries that pruning left, `reason` why it is whole.
+
+    `zeros` is the number of entries that are zero as written, whatever made them so; None: not counted.
+    """
 
     name: str
     shape: tuple[int, ...]
     status: Literal["pruned", "kept", "unsupported"]
     kept: float = 1.0
+    zeros: int | None = None
     reason: str = ""
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def nonzero(self) -> float:
+        """The fraction of entries that are not zero, as far as it is known."""
+        return self.kept if self.zeros is None else 1 - self.zeros / max(1, self.size)
 
 
 class VerificationRecord(Record):
@@ -73,6 +98,7 @@ class Manifest(Record):
     verb: str
     versions: dict[str, str]
     source: SourceRecord
+    earlier: tuple[EarlierRecord, ...] = ()
     seed: int | None = None
     recipe_sha256: str | None = None
     backend: dict[str, str] = {}
@@ -84,9 +110,9 @@ class Manifest(Record):
     @property
     def sparsity(self) -> float:
         """The zeroed fraction of all entries of the pruned tensors; 0 where there are none."""
-        sizes = {tensor.name: torch.Size(tensor.shape).numel() for tensor in self.tensors if tensor.status == "pruned"}
-        kept = sum(sizes[tensor.name] * tensor.kept for tensor in self.tensors if tensor.status == "pruned")
-        return 1 - kept / sum(sizes.values()) if sizes else 0.0
+        pruned = [tensor for tensor in self.tensors if tensor.status == "pruned"]
+        kept = sum(tensor.size * tensor.nonzero for tensor in pruned)
+        return 1 - kept / sum(tensor.size for tensor in pruned) if pruned else 0.0
 
 
 def versions() -> dict[str, str]:
@@ -103,6 +129,30 @@ def describe(source: Source) -> SourceRecord:
     """The record of a source; reads its weight files once, for their hashes."""
     hashes = {file: sha256(source.folder / file) for file in Shards(source.folder).weight_files}
     return SourceRecord(name=source.label, revision=source.revision, layout=source.layout, sha256=hashes)
+
+
+def history(source: Source) -> tuple[EarlierRecord, ...]:
+    """The runs that made a source, the first one first; none for a model that ssmcompress did not write."""
+    with contextlib.suppress(InputError):
+        found = read(source.folder)
+        return (*found.earlier, EarlierRecord(verb=found.verb, recipe_sha256=found.recipe_sha256, source=found.source))
+    return ()
+
+
+def carried(source: Source) -> tuple[TensorRecord, ...]:
+    """What a source's own manifest says of its tensors, for an output that changes none of them."""
+    with contextlib.suppress(InputError):
+        return read(source.folder).tensors
+    return ()
+
+
+def zeros(folder: Path) -> int | None:
+    """The zeros in all weights of a folder, where its manifest has counted them."""
+    with contextlib.suppress(InputError):
+        counts = [tensor.zeros for tensor in read(folder).tensors]
+        if counts and None not in counts:
+            return sum(count for count in counts if count)
+    return None
 
 
 def write(
@@ -147,10 +197,11 @@ def changed(folder: Path) -> list[str]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a folder by its relative name, but for manifest, card, events and times."""
+    """The SHA-256 of every file by its relative name, but for manifest, card, events, times and evaluations."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     names = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: sha256(path) for name, path in names.items() if name not in UNHASHED}
+    lasting = {name: path for name, path in names.items() if name.partition("/")[0] not in (*UNHASHED, EVALUATION)}
+    return {name: sha256(path) for name, path in lasting.items()}
 
 
 def sha256(path: Path) -> str:

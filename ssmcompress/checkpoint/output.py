@@ -19,7 +19,8 @@ from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
 from ssmcompress.errors import InputError, ResourceError, SsmcompressError
 
-OURS = ("ssmcompress.json", "summary.json")  # with a schema_version, one of them marks a folder as an output
+# with a schema_version, one of them marks a folder as an output
+OURS = ("ssmcompress.json", "summary.json", "comparison.json")
 MARKER = ".recipe"  # marks an unfinished folder as ours: the hash of the recipe that may go on with it, if any
 CARRIED = (
     "generation_config.json",
@@ -56,8 +57,9 @@ def output(
 ) -> Iterator[Path]:
     """Yields the empty folder `DIR.partial` to write into: it becomes DIR when the block ends, vanishes when it fails.
 
-    Resumable, it stays after a failure, and a later call of the same recipe hash finds it as it was left. Raises
-    InputError where DIR exists and may not be replaced, ResourceError for a second writer, full disk or no permission.
+    Resumable, it stays after an interrupt or where the machine ran out of something, and a later call of the same
+    recipe hash finds it as it was left. Raises InputError where DIR exists and may not be replaced, ResourceError for
+    a second writer, a full disk or no permission.
     """
     final = Path(folder).expanduser().resolve()
     if final == final.parent or any(parent.is_file() for parent in final.parents):
@@ -73,10 +75,11 @@ def output(
             _prepare(partial, recipe_hash if resumable else "")
             try:
                 yield partial
-                (partial / MARKER).unlink(missing_ok=True)
                 _replace(final, partial, aside)
-            except BaseException:
-                if not (resumable and recipe_hash):
+                (final / MARKER).unlink(missing_ok=True)  # only now: without it nobody could go on with the folder
+            except BaseException as error:
+                worth = any(path.name != MARKER for path in partial.iterdir()) if partial.exists() else False
+                if not (resumable and recipe_hash and worth and _passing(error)):
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
 
@@ -108,6 +111,13 @@ def carry(source: Source, folder: Path) -> None:
     for path in sorted({path for pattern in CARRIED for path in source.folder.glob(pattern)}):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether the same run may succeed another time."""
+    return isinstance(error, KeyboardInterrupt | ResourceError | MemoryError) or (
+        isinstance(error, OSError) and error.errno in LACKING
+    )
 
 
 @contextmanager

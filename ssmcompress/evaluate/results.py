@@ -2,18 +2,45 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ssmcompress.checkpoint.manifest import describe, versions
 from ssmcompress.checkpoint.source import Checkpoint, state_dict
+from ssmcompress.errors import InputError
+from ssmcompress.evaluate.compare import Samples
 from ssmcompress.measure.perplexity import Perplexity
 from ssmcompress.measure.recall import Recall
 
 NAME = "summary.json"
 DOCUMENTS = "documents.jsonl"
+SAMPLES = "samples.jsonl"
+
+
+class TaskScore(BaseModel):
+    """A figure of one lm-eval task; `metric` is lm-eval's name without its filter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    standard_error: float | None = None
+    higher_is_better: bool
+    samples: int
+    samples_sha256: str
+    version: str
+    num_fewshot: int
+    limit: int | None = None
+    chance: float | None = None
+    measurable: bool = True
 
 
 class Summary(BaseModel):
@@ -39,6 +66,8 @@ class Summary(BaseModel):
     perplexity: float | None = None
     perplexity_interval: tuple[float, float] | None = None
     recall: tuple[dict[str, Any], ...] = ()
+    label: str = ""
+    tasks: tuple[TaskScore, ...] = ()
 
     @classmethod
     def of(
@@ -79,9 +108,62 @@ class Summary(BaseModel):
         if likelihood is not None:
             rows = (json.dumps(vars(document)) + "\n" for document in likelihood.documents)
             (folder / DOCUMENTS).write_text("".join(rows), encoding="utf-8")
+            items = (
+                {
+                    "measure": "text/bits_per_byte",
+                    "kind": "log_likelihood",
+                    "item": document.sha256,
+                    "value": document.nats / math.log(2),
+                    "weight": document.bytes,
+                    "tokens": document.tokens,
+                }
+                for document in likelihood.documents
+            )
+            (folder / SAMPLES).write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
 
 def _identity(likelihood: Perplexity) -> str:
     """A hash that is equal where the same documents were read by the same tokenizer."""
     sizes = json.dumps([(d.sha256, d.tokens, d.bytes) for d in likelihood.documents])
     return hashlib.sha256(sizes.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Results:
+    """An evaluation folder, read: its summary, and what each measure scored on each item."""
+
+    folder: Path
+    summary: Summary
+    samples: Mapping[str, Samples]
+
+
+def read(folder: str | Path) -> Results:
+    """Reads what `eval --out` wrote; InputError where it is missing or damaged."""
+    folder = Path(folder)
+    hint = "Give a folder that `ssmcompress eval MODEL --out` wrote."
+    try:
+        summary = Summary.model_validate_json((folder / NAME).read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (folder / SAMPLES).read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}.", hint=hint) from None
+    except (ValidationError, ValueError) as error:
+        raise InputError(
+            f"{folder} holds no results that can be read: {str(error).splitlines()[0]}.", hint=hint
+        ) from None
+    chances = {f"{score.task}/{score.metric}": score.chance for score in summary.tasks}
+    chances |= {f"recall/{probe['probe']}-{probe['load']}": probe["chance"] for probe in summary.recall}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["measure"], []).append(row)
+    return Results(folder, summary, {name: _samples(rows, chances.get(name)) for name, rows in found.items()})
+
+
+def _samples(rows: list[dict[str, Any]], chance: float | None) -> Samples:
+    return Samples(
+        rows[0]["measure"],
+        rows[0]["kind"],
+        tuple(row["item"] for row in rows),
+        np.array([row["value"] for row in rows], float),
+        np.array([row["weight"] for row in rows], float),
+        chance,
+    )

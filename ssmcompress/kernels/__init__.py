@@ -13,6 +13,7 @@ from ssmcompress.kernels import cpu, cuda, native, reference
 
 BackendName = Literal["auto", "native", "torch", "cuda", "reference"]
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = ("conv", "selective_scan", "selective_step", "ssd", "ssd_step")
 
 
@@ -59,7 +60,8 @@ class Backend:
     def _module(self, kernel: str, device: str, dtype: torch.dtype) -> ModuleType:
         if self.name == "reference":
             return reference
-        if self.name in ("auto", "cuda") and device == "cuda" and self._usable["cuda"] and hasattr(cuda, kernel):
+        fits = device == "cuda" and dtype in CUDA_DTYPES and hasattr(cuda, kernel)
+        if self.name in ("auto", "cuda") and fits and self._usable["cuda"]:
             return cuda
         fits = device == "cpu" and dtype in NATIVE_DTYPES and hasattr(native, kernel)
         return native if self.name in ("auto", "native") and fits and self._usable["native"] else cpu

@@ -123,8 +123,14 @@ def ssd(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-2 scan (:func:`reference.ssd`), by mamba_chunk_scan_combined."""
+    """Mamba-2 scan (:func:`reference.ssd`), by mamba_chunk_scan_combined.
+
+    The kernel would lift Δ to its lower limit at padded positions too: with a limit, Δ is computed here.
+    """
     scan = _module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    limited = dt_limit != (0.0, float("inf"))
+    if limited:
+        dt, dt_bias = reference.step_size(dt.float(), dt_bias, dt_limit), None
     return scan(
         x,
         dt,
@@ -135,8 +141,7 @@ def ssd(
         D=None if D is None else D.float(),
         dt_bias=None if dt_bias is None else dt_bias.float(),
         initial_states=state,
-        dt_softplus=True,
-        dt_limit=dt_limit,
+        dt_softplus=not limited,
         return_final_states=True,
     )
 

@@ -40,6 +40,11 @@ class Vocabulary:
                 f"The tokenizer has {len(words)} whole words; the memory exercises need {KEYS + VALUES}.",
                 hint="Memory can be measured with byte-level BPE tokenizers of a few thousand entries or more.",
             )
+        if tokenizer.eos_token_id is None:
+            raise UnsupportedError(
+                "The tokenizer has no end-of-text token, with which every memory exercise begins.",
+                hint="Set eos_token in its tokenizer_config.json.",
+            )
         equals, newline = (tokenizer.encode(mark, add_special_tokens=False)[-1] for mark in (" =", "\n"))
         values = words[KEYS : KEYS + VALUES]
         return cls(words, words[:KEYS], values, equals, newline, tokenizer.eos_token_id)

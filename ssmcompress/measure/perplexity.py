@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ssmcompress.errors import InputError
-from ssmcompress.events import Advance, Emit, Phase, ignore
+from ssmcompress.events import Advance, Emit, Note, Phase, ignore
 
 RESAMPLES = 2000
 
@@ -90,6 +90,8 @@ def perplexity(
         for i, loss in zip(group, losses.double().view(rows.shape[0], -1).sum(1).tolist(), strict=True):
             nats[owner[i]] += loss
         emit(Advance(len(group)))
+    if len(sizes) == 1:
+        emit(Note("There is one document only: its interval says nothing.", "warning"))
     scores = tuple(DocumentScore(float(n), *size) for n, size in zip(nats, sizes, strict=True))
     return summarise(scores, length, seed)
 

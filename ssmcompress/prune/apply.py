@@ -1,7 +1,7 @@
 """A pruning step becomes edits: score each weight with what calibration saw, keep the best, go on to the next block."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssmcompress.arch.base import Arch
 from ssmcompress.calib.stats import Hessian, Moment, SquaredSum
 from ssmcompress.calib.walk import Walk
-from ssmcompress.edits import Edit, Mask, Replace, apply_edit
+from ssmcompress.edits import Edit, Mask, Replace, apply, apply_edit
 from ssmcompress.events import Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import masks, scores
 from ssmcompress.prune.sparsegpt import sparsegpt
@@ -29,12 +29,14 @@ def find_edits(
     windows: Tensor | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
     emit: Emit = ignore,
+    finished: MutableMapping[int, list[Edit]] | None = None,
 ) -> list[Edit]:
     """The edits of a step, already made to the model; windows [n, L] of token ids, which magnitude does not need.
 
-    New values are rounded to the dtype the checkpoint stores, so that applying the edits to it gives the same model.
+    Layers that are in `finished` get the edits found there; the others are added to it, one by one. New values are
+    rounded to the dtype the checkpoint stores, so that applying the edits to it gives the same model.
     """
-    pruner = _Pruner(arch, step, dtypes or {})
+    pruner = _Pruner(arch, step, dtypes or {}, {} if finished is None else finished)
     emit(Phase(f"pruning by {step.method}", arch.layers))
     head: Moment | None = None
     if step.method == "magnitude":
@@ -45,21 +47,28 @@ def find_edits(
     else:
         assert windows is not None, f"{step.method} needs calibration"
         collect = STATISTICS[step.method]
-        hidden = Walk(pruner.inner, collect, pruner.block).run(model, arch, windows, emit)
+        walk = Walk(pruner.inner, collect, pruner.block, known=tuple(pruner.finished))
+        hidden = walk.run(model, arch, windows, emit)
         head = collect(hidden[0].shape[-1])
         for rows in hidden:
             head.add(arch.final_norm(model)(rows))
     for module in pruner.outer:
         name = arch.outer_weight(module)
-        pruner.weight(name, model.get_parameter(name).data, module, head)
+        pruner.found += pruner.weight(name, model.get_parameter(name).data, module, head)
     return pruner.found
 
 
 class _Pruner:
     """Makes a step's edits one weight at a time, and gathers them."""
 
-    def __init__(self, arch: Arch, step: Prune, dtypes: Mapping[str, torch.dtype]) -> None:
-        self.arch, self.method, self.dtypes = arch, step.method, dtypes
+    def __init__(
+        self,
+        arch: Arch,
+        step: Prune,
+        dtypes: Mapping[str, torch.dtype],
+        finished: MutableMapping[int, list[Edit]],
+    ) -> None:
+        self.arch, self.method, self.dtypes, self.finished = arch, step.method, dtypes, finished
         self.targets = targets(arch, step)
         self.inner = tuple(module for module in self.targets if module in arch.prunable)
         self.outer = tuple(module for module in self.targets if module in arch.outer)
@@ -67,27 +76,28 @@ class _Pruner:
 
     def block(self, layer: int, block: nn.Module, statistics: Mapping[str, Moment]) -> float | None:
         """Prunes the targets of one block; returns the share of their entries that stays, None without targets."""
-        counts = [
-            self.weight(
-                self.arch.weight(layer, module),
-                block.get_parameter(f"mixer.{module}.weight").data,
-                module,
-                statistics.get(module),
-            )
-            for module in self.inner
-        ]
-        return sum(kept for kept, _ in counts) / sum(total for _, total in counts) if counts else None
+        weights = {module: block.get_parameter(f"mixer.{module}.weight").data for module in self.inner}
+        made = self.finished.get(layer)
+        if made is None:
+            made = []
+            for module, weight in weights.items():
+                made += self.weight(self.arch.weight(layer, module), weight, module, statistics.get(module))
+            self.finished[layer] = made
+        else:
+            apply(made, {self.arch.weight(layer, module): weight for module, weight in weights.items()})
+        self.found += made
+        masks = [edit.keep for edit in made if isinstance(edit, Mask)]
+        return sum(int(keep.sum()) for keep in masks) / sum(keep.numel() for keep in masks) if masks else None
 
-    def weight(self, name: str, weight: Tensor, module: str, statistic: Moment | None) -> tuple[int, int]:
-        """Prunes one weight in place; returns how many entries stay, and of how many."""
+    def weight(self, name: str, weight: Tensor, module: str, statistic: Moment | None) -> list[Edit]:
+        """Prunes one weight in place; returns the edits that do it."""
         values, keep = prune_weight(weight, self.method, self.targets[module], statistic)
         made: list[Edit] = [Mask(name, keep)]
         if values is not weight:
             made.insert(0, Replace(name, values.to(self.dtypes.get(name, weight.dtype))))
         for edit in made:
             apply_edit(edit, weight)
-        self.found += made
-        return int(keep.sum()), keep.numel()
+        return made
 
 
 def prune_weight(weight: Tensor, method: str, target: Target, statistic: Any = None) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ SCOPES = ("row", "tensor")
 def unstructured(score: Tensor, sparsity: float, scope: str = "row") -> Tensor:
     """Keeps all but the int(size · sparsity) lowest scores of each row (last dim) or the whole tensor: bool, as score.
 
-    The row scope is WANDA's. The tensor scope is the usual rule for magnitudes with an exact count: a threshold at that
-    sorted position would zero it and all its equals too. Raises InputError for a sparsity outside [0, 1) or a NaN.
+    The row scope is that of the WANDA paper. The tensor scope is the usual rule for magnitudes, with an exact count: a
+    threshold at that sorted position would zero it and all its equals too. Raises InputError for a sparsity outside
+    [0, 1) or a NaN.
     """
     if scope not in SCOPES:
         raise InputError(f"The scope {scope!r} is unknown.", hint=f"Choose from {', '.join(SCOPES)}.")

@@ -22,26 +22,34 @@ def sparsegpt(
     """New values (float32) and kept entries (bool) of a weight [out, in], given the Hessian [in, in] of its inputs.
 
     The lowest w² / U_jj² go, U the upper Cholesky factor of the inverse Hessian: int(size · sparsity) of every block of
-    columns, or with a pattern (n, m) all but n of every m inputs. Inputs that are always zero lose their weights.
+    columns, or with a pattern (n, m) all but n of every m inputs. Inputs that are always zero lose their weights, and
+    weights that are zero already stay so.
     `damp` is a share of the mean diagonal. Raises InputError where the Hessian cannot be factored.
     """
     weight = weight.float().clone()
     factor = _inverse_factor(hessian.float(), damp)
     weight[:, hessian.diagonal() == 0] = 0
+    alive = weight != 0
     keep = torch.ones_like(weight, dtype=torch.bool)
     if pattern is not None:
         block = -(-block // pattern[1]) * pattern[1]  # groups lie within a block
     for start in range(0, weight.shape[1], block):
         columns = slice(start, start + block)
-        errors = _prune_block(weight[:, columns], keep[:, columns], factor[columns, columns], sparsity, pattern)
-        weight[:, start + block :] -= errors @ factor[columns, start + block :]
+        part = weight[:, columns], keep[:, columns], alive[:, columns]
+        errors = _prune_block(*part, factor[columns, columns], sparsity, pattern)
+        weight[:, start + block :] -= (errors @ factor[columns, start + block :]) * alive[:, start + block :]
     return weight, keep
 
 
 def _prune_block(
-    weight: Tensor, keep: Tensor, factor: Tensor, sparsity: float, pattern: tuple[int, int] | None
+    weight: Tensor,
+    keep: Tensor,
+    alive: Tensor,
+    factor: Tensor,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
 ) -> Tensor:
-    """Prunes weight [out, b] and keep [out, b] in place, column by column; returns the scaled errors [out, b]."""
+    """Prunes weight and keep [out, b] in place, column by column, where alive; returns the scaled errors [out, b]."""
     scale = factor.diagonal()
     if pattern is None:
         keep.copy_(unstructured((weight / scale).square(), sparsity, "tensor"))
@@ -53,7 +61,7 @@ def _prune_block(
         kept = torch.where(keep[:, j], weight[:, j], 0.0)
         errors[:, j] = (weight[:, j] - kept) / scale[j]
         weight[:, j] = kept
-        weight[:, j + 1 :] -= errors[:, j, None] * factor[j, j + 1 :]
+        weight[:, j + 1 :] -= errors[:, j, None] * factor[j, j + 1 :] * alive[:, j + 1 :]
     return errors
 
 

@@ -1,5 +1,6 @@
 """Which modules a pruning step touches, and how much of each it zeroes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -24,7 +25,8 @@ def targets(arch: Arch, step: Prune) -> dict[str, Target]:
     Raises InputError for a module this family does not have, UnsupportedError for a method a module has no form of.
     """
     known = (*arch.prunable, *arch.outer)
-    for name in (*step.include, *step.exclude, *step.modules):
+    scopes = step.scope if isinstance(step.scope, dict) else {}
+    for name in (*step.include, *step.exclude, *step.modules, *scopes):
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Choose from {', '.join(known)}."
@@ -48,8 +50,16 @@ def targets(arch: Arch, step: Prune) -> dict[str, Target]:
     return {name: _target(step, name) for name in chosen}
 
 
+def formless(steps: Sequence[Prune]) -> frozenset[str]:
+    """The prunable modules that no step's method has a form for."""
+    return frozenset({"conv1d"} if all(step.method == "sparsegpt" for step in steps) else ())
+
+
 def _target(step: Prune, module: str) -> Target:
-    # a convolution row has K = 4 weights: a share of so few is coarse, so its whole tensor is compared
-    scope = "tensor" if module == "conv1d" else step.scope or ("tensor" if step.method == "magnitude" else "row")
+    asked = step.scope.get(module) if isinstance(step.scope, dict) else step.scope
+    # the rows of a head are words, and none of them may go for another
+    usual = "row" if module == "lm_head" and step.method == "wanda" else "tensor"
+    # a convolution row has K = 4 weights, and a share of so few is coarse
+    scope = "tensor" if module == "conv1d" else asked or usual
     pattern = parse_pattern(step.pattern) if step.pattern else None
-    return Target(step.modules.get(module, step.sparsity), pattern, scope)
+    return Target(step.modules.get(module, step.sparsity or 0.0), pattern, scope)

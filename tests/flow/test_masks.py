@@ -51,13 +51,12 @@ def keep_highest(scores, drop):
     return torch.ones_like(scores, dtype=torch.bool).scatter(-1, order[:, :drop], False)
 
 
-def brute_mask(weight, inputs, module, sparsity, pattern):
+def brute_mask(weight, inputs, module, sparsity, pattern, scope):
     """WANDA's mask of one weight, written once more."""
     norm = inputs.double().square().sum(0).sqrt().float()
-    if module == "conv1d":
-        score = (weight.abs() * norm[:, None, None]).reshape(1, -1)
-        return keep_highest(score, int(score.shape[1] * sparsity)).view(weight.shape)
-    score = weight.abs() * norm
+    score = weight.abs() * (norm[:, None, None] if module == "conv1d" else norm)
+    if pattern is None and (scope == "tensor" or module == "conv1d"):
+        return keep_highest(score.reshape(1, -1), int(score.numel() * sparsity)).view(weight.shape)
     if pattern is None:
         return keep_highest(score, int(score.shape[1] * sparsity))
     n, m = pattern
@@ -65,9 +64,11 @@ def brute_mask(weight, inputs, module, sparsity, pattern):
     return torch.cat(groups, dim=1)
 
 
-@pytest.mark.parametrize("pattern", [None, (2, 4)], ids=["half", "2:4"])
+@pytest.mark.parametrize(
+    ("pattern", "scope"), [(None, None), (None, "row"), ((2, 4), None)], ids=["half", "half of each row", "2:4"]
+)
 @pytest.mark.parametrize("name", MODELS)
-def test_masks_of_a_whole_run_equal_the_plain_loop(models, small, tmp_path, name, pattern):
+def test_masks_of_a_whole_run_equal_the_plain_loop(models, small, tmp_path, name, pattern, scope):
     checkpoint = ssmcompress.load(models[name], dtype=torch.float32)
     arch = checkpoint.arch
     modules = arch.prunable if pattern is None else arch.projections
@@ -76,6 +77,7 @@ def test_masks_of_a_whole_run_equal_the_plain_loop(models, small, tmp_path, name
         out=tmp_path / "out",
         include=modules,
         pattern=pattern and "{}:{}".format(*pattern),
+        scope=scope,
         **small,
     )
     ids = data.windows(small["calib"], checkpoint.tokenizer, count=10, length=48, seed=0).ids
@@ -88,7 +90,7 @@ def test_masks_of_a_whole_run_equal_the_plain_loop(models, small, tmp_path, name
         for module in modules:
             name = arch.weight(layer, module)
             weight = checkpoint.model.get_parameter(name).data
-            keep = brute_mask(weight, inputs[module], module, 0.5, pattern)
+            keep = brute_mask(weight, inputs[module], module, 0.5, pattern, scope or "tensor")
             assert torch.equal(masks[name], keep), name
             weight.mul_(keep)  # the layers behind see what this one now makes
 
@@ -133,6 +135,7 @@ def test_later_layers_are_scored_on_what_the_pruned_ones_make(models, small, tmp
                 module,
                 0.7,
                 None,
+                "tensor",
             ),
         )
         for module in ("in_proj", "out_proj")

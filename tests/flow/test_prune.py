@@ -36,7 +36,7 @@ EVERYWHERE = {
 SOMEWHERE = {
     "magnitude": {"method": "magnitude", "sparsity": 0.37},
     "magnitude by row": {"method": "magnitude", "sparsity": 0.37, "scope": "row"},
-    "wanda by tensor": {"method": "wanda", "sparsity": 0.29, "scope": "tensor"},
+    "wanda by row": {"method": "wanda", "sparsity": 0.29, "scope": "row"},
     "sparsegpt 4:8": {"method": "sparsegpt", "pattern": "4:8"},
     "1:3, ragged": {"method": "magnitude", "pattern": "1:3"},
     "everything": {"method": "wanda", "include": ("in_proj", "conv1d", "out_proj")},
@@ -126,7 +126,7 @@ def test_only_the_chosen_modules_are_touched(pruned):
 
 def test_every_group_has_exactly_its_zeros(pruned):
     _, options, result = pruned
-    by_row = options.get("scope", {"wanda": "row"}.get(options["method"])) == "row"
+    by_row = options.get("scope") == "row"
     for edit in result.edits:
         if not isinstance(edit, edits.Mask):
             continue
@@ -139,6 +139,12 @@ def test_every_group_has_exactly_its_zeros(pruned):
         elif by_row and module != "conv1d":
             ratio = options.get("modules", {}).get(module, options.get("sparsity", 0.5))
             groups, wanted = (rows,), [rows.shape[1] - int(rows.shape[1] * ratio)]
+        elif options["method"] != "sparsegpt":  # which counts within its blocks of columns
+            ratio = options.get("modules", {}).get(module, options.get("sparsity", 0.5))
+            whole = edit.keep.reshape(1, -1)
+            groups, wanted = (whole,), [whole.shape[1] - int(whole.shape[1] * ratio)]
+            if edit.tensor.endswith("embeddings.weight") and options["method"] == "wanda":  # the tied head, by row
+                groups, wanted = (rows,), [rows.shape[1] - int(rows.shape[1] * ratio)]
         else:
             groups, wanted = (), []
         for group, kept in zip(groups, wanted, strict=True):

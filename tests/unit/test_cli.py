@@ -3,6 +3,7 @@ import inspect
 import json
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from typing import get_args
 
@@ -14,13 +15,15 @@ from ssmcompress.errors import BackendError, GateError, InputError, UnsupportedE
 from ssmcompress.events import Note, Table
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
 
-VERBS = {"prune", "plan", "apply", "eval", "generate", "convert", "doctor", "models"}
+VERBS = {"prune", "plan", "apply", "eval", "generate", "compare", "convert", "doctor", "models", "run", "recipes"}
 NEEDED = {
     "prune": ["prune", "MODEL", "--out", "out"],
     "plan": ["plan", "MODEL"],
+    "run": ["run", "prune/wanda-50", "--out", "out"],
     "apply": ["apply", "edits.safetensors", "MODEL", "--out", "out"],
     "evaluate": ["eval", "MODEL"],
     "generate": ["generate", "MODEL", "--prompt", "Once"],
+    "compare": ["compare", "A", "B"],
     "convert": ["convert", "MODEL", "--to", "mamba-ssm", "--out", "out"],
     "doctor": ["doctor"],
     "models": ["models"],
@@ -39,8 +42,12 @@ def calls(monkeypatch):
     """What the verbs pass on to the functions of their names."""
     seen = []
     for name in NEEDED:
-        monkeypatch.setitem(vars(ssmcompress), name, lambda name=name, **given: seen.append((name, given)))
+        monkeypatch.setitem(vars(ssmcompress), name, partial(_record, seen, name))
     return seen
+
+
+def _record(seen, name, *results, **given):
+    seen.append((name, given | ({"results": results} if results else {})))
 
 
 def fails_with(monkeypatch, error):
@@ -111,7 +118,7 @@ def test_each_option_is_an_argument_with_the_same_default(calls, name):
         options = {key: given.pop(key) for key in PruneOptions.__annotations__ if key in given}
         assert PruneOptions.__annotations__.keys() - options.keys() == {"modules"}  # a table has no place on a line
         assert pruning("MODEL", options) == pruning("MODEL", {})
-    required = {"model", "out", "edits", "prompt", "to", "emit"}
+    required = {"model", "recipe", "out", "edits", "prompt", "to", "results", "emit"}
     assert given.keys() == parameters.keys()
     assert {key: value for key, value in given.items() if key not in required} == {
         key: parameter.default for key, parameter in parameters.items() if key not in required
@@ -131,7 +138,7 @@ def test_options_arrive_as_they_were_given(calls):
     assert given == {
         "model": "MODEL",
         "method": "sparsegpt",
-        "sparsity": 0.5,
+        "sparsity": None,
         "pattern": "2:4",
         "scope": "row",
         "include": ("in_proj", "out_proj"),

@@ -10,6 +10,7 @@ from ssmcompress.recipe import Calibration, Prune, Recipe, pruning, recipe
 def test_every_default_is_written_out():
     made = pruning("ref:mamba", {})
     assert yaml.safe_load(made.to_yaml()) == {
+        "description": "",
         "model": "ref:mamba",
         "seed": 0,
         "backend": "auto",
@@ -28,6 +29,8 @@ def test_every_default_is_written_out():
                 "modules": {},
             }
         ],
+        "eval": None,
+        "gate": None,
     }
 
 
@@ -66,7 +69,7 @@ def test_the_hash_follows_what_is_said():
     assert made.sha256() != pruning("n", {}).sha256()
 
 
-@pytest.mark.parametrize("sparsity", [1.0, -0.1, 1.5, float("nan"), "half", None])
+@pytest.mark.parametrize("sparsity", [1.0, -0.1, 1.5, float("nan"), "half"])
 def test_ratios_lie_in_the_half_open_interval(sparsity):
     with pytest.raises(RecipeError, match="sparsity"):
         pruning("m", {"sparsity": sparsity})
@@ -89,6 +92,7 @@ def test_the_borders_are_allowed():
     ("options", "words"),
     [
         ({"pattern": "2:4", "modules": {"in_proj": 0.5}}, "exclude one another"),
+        ({"pattern": "2:4", "sparsity": 0.5}, "exclude one another"),
         ({"pattern": "2:4", "scope": "row"}, "scope has no meaning with a pattern"),
         ({"method": "sparsegpt", "scope": "tensor"}, "scope has no meaning with sparsegpt"),
     ],
@@ -103,7 +107,7 @@ def test_every_mistake_is_told_at_once():
         pruning("m", {"sparsity": 2, "method": "wnda", "windows": 0, "backend": "fast"})
     message = refused.value.message
     assert all(word in message for word in ("sparsity", "method", "calibrate.windows", "backend", "'wnda'"))
-    assert "steps" not in message and "pydantic" not in message and message.count("\n") == 0
+    assert "there are no steps" not in message and "pydantic" not in message and message.count("\n") == 0
     assert refused.value.exit_code == 2
 
 
@@ -128,3 +132,39 @@ def test_a_recipe_does_not_change():
     with pytest.raises(ValueError, match="frozen"):
         pruning("m", {}).seed = 1
     assert isinstance(pruning("m", {}), Recipe)
+
+
+def test_half_is_the_share_where_neither_a_share_nor_a_pattern_is_said():
+    assert pruning("m", {"sparsity": None}).steps[0].sparsity == 0.5
+    assert pruning("m", {"pattern": "2:4"}).steps[0].sparsity is None
+
+
+def test_one_module_may_be_a_string():
+    assert pruning("m", {"include": "in_proj", "exclude": "x_proj"}).steps[0].include == ("in_proj",)
+
+
+def test_a_gate_needs_something_measured_and_takes_one_bound_for_all():
+    step = [{"step": "prune"}]
+    with pytest.raises(RecipeError, match="a gate needs an eval section"):
+        recipe(model="m", steps=step, gate={"max_drop": 0.1})
+    assert recipe(model="m", steps=step, eval={}, gate={"max_drop": 0.1}).gate.max_drop == {"all": 0.1}
+    with pytest.raises(RecipeError, match=r"gate\.max_drop\.all"):
+        recipe(model="m", steps=step, eval={}, gate={"max_drop": -0.1})
+
+
+def test_a_recipe_without_steps_is_none():
+    with pytest.raises(RecipeError, match="there are no steps"):
+        recipe(model="m", steps=[])
+
+
+def test_records_name_no_paths(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("text")
+    made = pruning(str(tmp_path), {"calib": str(text)}).portable("model")
+    assert (made.model, made.calibrate.text) == ("model", "mine.txt")
+    assert pruning("m", {"calib": "c4:en"}).portable("m").calibrate.text == "c4:en"
+
+
+def test_the_description_does_not_change_what_is_done():
+    made = pruning("m", {})
+    assert made.model_copy(update={"description": "words"}).sha256() == made.sha256()

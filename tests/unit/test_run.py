@@ -1,21 +1,25 @@
 """The run itself: several steps, what it refuses before it costs anything, and what it records."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ssmcompress
-from ssmcompress import run as runner
+import ssmcompress.run
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.edits import Mask
 from ssmcompress.errors import InputError, UnsupportedError
-from ssmcompress.events import Finished, Note, Table
+from ssmcompress.events import Finished, LayerDone, Note, Table
 from ssmcompress.recipe import recipe
+from ssmcompress.recipes import parse
 from tests.unit.checkpoint import folders
 
+runner = sys.modules["ssmcompress.run"]  # the name in the package is the verb
 MAGNITUDE = {"step": "prune", "method": "magnitude"}
 
 
@@ -37,9 +41,9 @@ def text(tmp_path, monkeypatch):
 def test_steps_follow_one_another_and_compose(folder, tmp_path):
     steps = [MAGNITUDE | {"include": ["in_proj"], "sparsity": 0.5}, MAGNITUDE | {"include": ["in_proj", "out_proj"]}]
     steps[1]["sparsity"] = 0.75
-    result = runner.run(recipe(model=str(folder), steps=steps), tmp_path / "out", measure=False)
+    result = ssmcompress.run(recipe(model=str(folder), steps=steps), out=tmp_path / "out", no_eval=True)
     once = [{"include": ["in_proj", "out_proj"], "sparsity": 0.75} | MAGNITUDE]
-    other = runner.run(recipe(model=str(folder), steps=once), tmp_path / "once", measure=False)
+    other = ssmcompress.run(recipe(model=str(folder), steps=once), out=tmp_path / "once", no_eval=True)
     assert sorted(edit.tensor for edit in result.edits) == sorted(edit.tensor for edit in other.edits)
     weights = [Shards(found.folder) for found in (result, other)]
     for name in weights[0]:
@@ -60,7 +64,7 @@ def test_a_module_that_cannot_be_pruned_is_refused_before_the_model_is_read(
 
 
 def test_calibration_that_cannot_be_used_is_refused_before_anything_is_measured(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "perplexity", lambda *_, **__: pytest.fail("the model was measured"))
+    monkeypatch.setattr(runner, "glance", lambda *_, **__: pytest.fail("the model was measured"))
     with pytest.raises(InputError, match="nowhere"):
         ssmcompress.prune(str(folder), out=tmp_path / "out", calib="./nowhere.txt")
     assert not list(tmp_path.iterdir())
@@ -119,12 +123,87 @@ def test_a_second_listener_may_fail_and_nothing_stays(folder, text, tmp_path):
 
 
 def test_computing_in_less_than_is_stored_still_verifies(folder, text, tmp_path):
-    for method in ("wanda", "sparsegpt"):
+    options = {"calib": text, "windows": 4, "length": 16, "no_eval": True, "dtype": "bfloat16"}
+    ssmcompress.prune(str(folder), out=tmp_path / "out", **options)
+    assert Shards(tmp_path / "out").dtype("backbone.embeddings.weight") == torch.float32
+    assert manifest.read(tmp_path / "out").verification.transformers <= 1e-4
+
+
+def test_new_values_are_not_computed_in_less_than_is_stored(folder, text, tmp_path):
+    with pytest.raises(UnsupportedError, match="coarser than the stored"):
+        ssmcompress.prune(str(folder), out=tmp_path / "out", calib=text, method="sparsegpt", dtype="bfloat16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_where_it_was_stopped(folder, text, tmp_path, monkeypatch):
+    options = {"calib": text, "windows": 4, "length": 16, "no_eval": True}
+    for method in ("wanda", "sparsegpt", "magnitude"):
+        ssmcompress.prune(str(folder), out=tmp_path / f"{method}-whole", method=method, **options)
         out = tmp_path / method
-        options = {"calib": text, "windows": 4, "length": 16, "no_eval": True, "dtype": "bfloat16"}
-        ssmcompress.prune(str(folder), out=out, method=method, **options)
-        assert Shards(out).dtype("backbone.embeddings.weight") == torch.float32
-        assert manifest.read(out).verification.transformers <= 1e-4
+
+        def stop(event):
+            if isinstance(event, LayerDone):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            ssmcompress.prune(str(folder), out=out, method=method, emit=stop, **options)
+        assert not out.exists() and out.with_name(f"{method}.partial").exists()
+        events = []
+        ssmcompress.prune(str(folder), out=out, method=method, emit=events.append, **options)
+        assert Note("Going on from an earlier run: 1 of 2 layers are done.") in events
+        assert manifest.hashes(out) == manifest.hashes(tmp_path / f"{method}-whole")
+        assert not out.with_name(f"{method}.partial").exists()
+
+
+def test_a_run_of_another_recipe_starts_over(folder, text, tmp_path):
+    def stop(event):
+        if isinstance(event, LayerDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ssmcompress.prune(str(folder), out=tmp_path / "out", method="magnitude", no_eval=True, emit=stop)
+    events = []
+    ssmcompress.prune(
+        str(folder), out=tmp_path / "out", method="magnitude", sparsity=0.25, no_eval=True, emit=events.append
+    )
+    assert not any(isinstance(event, Note) and "Going on" in event.text for event in events)
+    assert manifest.read(tmp_path / "out").sparsity == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_pruned_model_pruned_again_tells_all_its_zeros_and_its_history(folder, tmp_path):
+    ssmcompress.prune(str(folder), out=tmp_path / "a", method="magnitude", include="in_proj", no_eval=True)
+    ssmcompress.prune(str(tmp_path / "a"), out=tmp_path / "b", method="magnitude", include="out_proj", no_eval=True)
+    first, second = (manifest.read(tmp_path / name) for name in "ab")
+    assert [run.source.name for run in second.earlier] == [folder.name] and second.source.name == "a"
+    rows = {tensor.name.split("mixer.")[-1]: tensor for tensor in second.tensors}
+    assert rows["in_proj.weight"].status == "kept" and rows["in_proj.weight"].nonzero == pytest.approx(0.5)
+    assert rows["out_proj.weight"].nonzero == pytest.approx(0.5)
+    assert ssmcompress.plan(str(tmp_path / "b")).zeros_before == sum(tensor.zeros for tensor in second.tensors)
+    assert first.earlier == ()
+
+
+def test_new_values_go_only_to_the_weights_they_were_made_from(folder, text, tmp_path):
+    folders.save("mamba", tmp_path / "other", tokenizer=True)
+    path = tmp_path / "other" / "model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    options = {"calib": text, "windows": 4, "length": 16, "no_eval": True}
+    for method in ("sparsegpt", "wanda"):
+        ssmcompress.prune(str(folder), out=tmp_path / method, method=method, **options)
+    edits = tmp_path / "sparsegpt" / "edits.safetensors"
+    with pytest.raises(InputError, match="made for other weights"):
+        ssmcompress.apply(edits, str(tmp_path / "other"), out=tmp_path / "out")
+    events = []
+    ssmcompress.apply(
+        tmp_path / "wanda" / "edits.safetensors", str(tmp_path / "other"), out=tmp_path / "out", emit=events.append
+    )
+    assert any(isinstance(event, Note) and event.level == "warning" for event in events)
+
+
+def test_a_text_with_fewer_windows_is_told(folder, text, tmp_path):
+    events = []
+    options = {"calib": text, "windows": 4000, "length": 16, "no_eval": True}
+    ssmcompress.prune(str(folder), out=tmp_path / "out", emit=events.append, **options)
+    assert any(isinstance(event, Note) and "not 4000" in event.text for event in events)
 
 
 def test_apply_keeps_recipe_and_calibration_of_the_run(folder, text, tmp_path):
@@ -133,7 +212,8 @@ def test_apply_keeps_recipe_and_calibration_of_the_run(folder, text, tmp_path):
     first, second = (manifest.read(tmp_path / name) for name in ("first", "second"))
     assert second.verb == "apply" and second.calibration == first.calibration
     assert second.tensors == first.tensors
-    assert (tmp_path / "second" / "recipe.yaml").read_bytes() == (tmp_path / "first" / "recipe.yaml").read_bytes()
+    said = [(tmp_path / name / "recipe.yaml").read_bytes() for name in ("first", "second")]
+    assert said[0] == said[1] and parse(said[0].decode()).model == folder.name
 
 
 def test_edits_that_do_not_fit_change_nothing(folder, text, tmp_path):

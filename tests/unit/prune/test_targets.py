@@ -14,7 +14,20 @@ MAMBA, MAMBA2 = arch_for(CONFIGS["mamba"]), arch_for(CONFIGS["mamba2"])
 def test_the_projections_are_the_default():
     assert list(targets(MAMBA, Prune())) == ["in_proj", "x_proj", "dt_proj", "out_proj"]
     assert list(targets(MAMBA2, Prune())) == ["in_proj", "out_proj"]
-    assert set(targets(MAMBA, Prune()).values()) == {Target(0.5, None, "row")}
+    assert set(targets(MAMBA, Prune()).values()) == {Target(0.5, None, "tensor")}
+    assert set(targets(MAMBA, Prune(scope="row")).values()) == {Target(0.5, None, "row")}
+
+
+def test_the_scope_may_be_said_by_module():
+    found = targets(MAMBA, Prune(scope={"in_proj": "row", "out_proj": "tensor"}))
+    assert {name: target.scope for name, target in found.items()} == {
+        "in_proj": "row",
+        "x_proj": "tensor",
+        "dt_proj": "tensor",
+        "out_proj": "tensor",
+    }
+    with pytest.raises(InputError, match="'outproj'"):
+        targets(MAMBA, Prune(scope={"outproj": "row"}))
 
 
 def test_include_is_all_there_is_and_exclude_takes_from_it():

@@ -1,0 +1,73 @@
+"""What an unfinished run has already found, layer by layer, so that the next one goes on from there."""
+
+import shutil
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from ssmcompress import edits as editing
+from ssmcompress.checkpoint.output import MARKER
+from ssmcompress.edits import Edit
+
+FOLDER = ".journal"
+
+
+class Journal:
+    """The finished layers of each step, in the unfinished folder of a run."""
+
+    def __init__(self, folder: Path, events: str) -> None:
+        self.folder, self.events = folder / FOLDER, events
+        self.folder.mkdir(exist_ok=True)
+
+    def step(self, index: int) -> "Layers":
+        """The finished layers of a step."""
+        return Layers(self.folder, f"step-{index}-layer-")
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """When the work inside is whole nothing of the journal stays; when it fails, only the journal does.
+
+        Half-written weights are of no use to the next run, and may be what filled the disk.
+        """
+        try:
+            yield
+        except BaseException:
+            worth = {FOLDER, self.events} if any(self.folder.iterdir()) else set()
+            for path in self.folder.parent.iterdir():
+                if path.name not in worth and path.name != MARKER:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
+        shutil.rmtree(self.folder)
+
+
+class Layers(MutableMapping[int, list[Edit]]):
+    """The edits of each finished layer, one file a layer, which is there whole or not at all."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self._folder, self._prefix = folder, prefix
+
+    def __getitem__(self, layer: int) -> list[Edit]:
+        path = self._path(layer)
+        if not path.exists():
+            raise KeyError(layer)
+        return list(editing.load(path).items)
+
+    def __setitem__(self, layer: int, edits: list[Edit]) -> None:
+        path = self._path(layer)
+        editing.save(edits, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+
+    def __delitem__(self, layer: int) -> None:
+        self._path(layer).unlink()
+
+    def __iter__(self) -> Iterator[int]:
+        return (int(path.stem.removeprefix(self._prefix)) for path in self._files())
+
+    def __len__(self) -> int:
+        return len(self._files())
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob(f"{self._prefix}*.safetensors"))
+
+    def _path(self, layer: int) -> Path:
+        return self._folder / f"{self._prefix}{layer:04d}.safetensors"

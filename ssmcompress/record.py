@@ -1,0 +1,103 @@
+"""What a run leaves beside the weights: recipe, measured figures, manifest and card."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmcompress import kernels
+from ssmcompress.arch.base import mixers
+from ssmcompress.calib.data import Windows
+from ssmcompress.checkpoint import card, manifest
+from ssmcompress.checkpoint.manifest import SourceRecord, TensorRecord
+from ssmcompress.checkpoint.source import Checkpoint
+from ssmcompress.checkpoint.verify import Verification
+from ssmcompress.edits import Edit, Mask
+from ssmcompress.measure.glance import ON, Glance
+from ssmcompress.measure.perplexity import paired_difference
+from ssmcompress.recipe import Recipe
+
+RECIPE, MEASURED = "recipe.yaml", "measured.json"
+
+
+def write(
+    folder: Path,
+    verb: str,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    source: SourceRecord,
+    edits: Sequence[Edit],
+    tensors: Sequence[TensorRecord],
+    calibration: dict[str, Any] | None,
+    verification: Verification,
+    before: Glance | None = None,
+    after: Glance | None = None,
+) -> None:
+    """Writes everything but weights, edits and events into a folder that holds those; the recipe is portable."""
+    (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    measures: list[card.Measure] = []
+    if before is not None and after is not None:
+        old, new = before.likelihood, after.likelihood
+        change, low, high = paired_difference(old.documents, new.documents)
+        kept = {"before": before.to_dict(), "after": after.to_dict(), "change": change, "interval": (low, high)}
+        (folder / MEASURED).write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        told = f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"
+        measures.append(card.Measure("bits per byte", old.bits_per_byte, new.bits_per_byte, told))
+    made = manifest.write(
+        folder,
+        verb=verb,
+        source=source,
+        earlier=manifest.history(checkpoint.source),
+        seed=recipe.seed,
+        recipe_sha256=recipe.sha256(),
+        verification=verification,
+        backend=backends(checkpoint),
+        calibration=calibration,
+        tensors=tuple(tensors),
+    )
+    card.write(
+        folder,
+        title=f"{checkpoint.source.label}, pruned",
+        summary=_summary(edits),
+        manifest=made,
+        recipe=recipe.to_yaml(),
+        measures=measures,
+        measured_on=ON,
+        license=card.license_of(checkpoint.source),
+    )
+
+
+def backends(checkpoint: Checkpoint) -> dict[str, str]:
+    """The implementation of every kernel that the model runs on."""
+    backend: kernels.Backend = next(mixers(checkpoint.model)).backend
+    return backend.names(checkpoint.model.device, checkpoint.model.dtype)
+
+
+def described(windows: Windows | None) -> dict[str, Any] | None:
+    """The calibration tokens for records, which hold no paths."""
+    if windows is None:
+        return None
+    count, length = windows.ids.shape
+    source = Path(windows.source).name if Path(windows.source).exists() else windows.source
+    return {"source": source, "sha256": windows.sha256, "windows": count, "length": length}
+
+
+def fingerprint(edits: Sequence[Edit], weights: Mapping[str, Tensor]) -> str:
+    """A hash of the tensors that edits change, as they are before: the edits belong to them and to no others."""
+    found = hashlib.sha256()
+    for name in sorted({edit.tensor for edit in edits} & set(weights)):
+        tensor = weights[name].contiguous()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _summary(found: Sequence[Edit]) -> str:
+    masks = [edit for edit in found if isinstance(edit, Mask)]
+    kept = sum(int(mask.keep.sum()) for mask in masks) / max(1, sum(mask.keep.numel() for mask in masks))
+    return f"{1 - kept:.1%} of the entries of {len(masks)} weight tensors were set to zero by ssmcompress."
