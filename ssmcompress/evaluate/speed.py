@@ -147,7 +147,7 @@ def speed(
     seed: int = 0,
     emit: Emit = ignore,
 ) -> Speed:
-    """Times a model on random tokens, where asked for in turns A B A B … with another on the same tokens.
+    """Times a model on random tokens, where asked for in turns A B B A … with another on the same tokens.
 
     Rates count the tokens of all rows of the batch. Raises InputError for a size below one, ResourceError where the
     memory to measure in cannot be had.
@@ -163,7 +163,7 @@ def speed(
     clock = partial(_clock, checkpoint.model.device)
     moves = {name: partial(move, each.model) for name, each in contestants.items()} if against else None
     taken = {
-        figure: rounds(work, repetitions, WARM_UP, move=moves, clock=clock, emit=emit)
+        figure: rounds(work, repetitions, WARM_UP, moves=moves, clock=clock, emit=emit)
         for figure, work in _works(contestants, lengths, decode_tokens, batch, seed).items()
     }
     after = os.getloadavg()[0]
@@ -222,20 +222,20 @@ def rounds(
     repetitions: int,
     warm_up: int,
     *,
-    move: Mapping[str, Callable[[], Any]] | None = None,
+    moves: Mapping[str, Callable[[], Any]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     emit: Emit = ignore,
 ) -> dict[str, list[float]]:
     """Seconds of each work in turn, A B B A …, round by round; rounds that warm up are dropped.
 
-    With `move`, each is moved before every round and then run once untimed: where weights happen to lie in memory is
+    With `moves`, each is moved before every round and then run once untimed: where weights happen to lie in memory is
     worth a percent or two, and would else count as a difference of the models.
     """
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(repetitions + warm_up):
         order = list(work)[:: -1 if turn % 2 else 1]
-        if move:
-            for each in (*(move[name] for name in order), *(work[name] for name in order)):
+        if moves:
+            for each in (*(moves[name] for name in order), *(work[name] for name in order)):
                 each()
         for name in order:
             started = clock()

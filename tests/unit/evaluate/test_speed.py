@@ -14,7 +14,6 @@ from ssmcompress.events import Advance, Note, Phase, Table
 from tests.unit.arch.models import CONFIGS, stock
 from tests.unit.checkpoint import folders
 
-
 CASES = str.upper, str.lower
 
 
@@ -44,7 +43,7 @@ def test_rounds_take_turns_and_drop_those_that_warm_up():
 def test_what_is_moved_runs_once_before_it_is_timed():
     calls = []
     work, moves = ({name: lambda name=name, case=case: calls.append(case(name)) for name in "AB"} for case in CASES)
-    times = rounds(work, 1, 1, move=moves)
+    times = rounds(work, 1, 1, moves=moves)
     assert "".join(calls) == "abABAB" + "baBABA"
     assert [len(taken) for taken in times.values()] == [1, 1]
 
@@ -55,7 +54,9 @@ def test_moved_weights_are_the_same_elsewhere_and_still_tied(checkpoint):
     pointer = model.lm_head.weight.data_ptr()
     move(model)
     assert all(torch.equal(weight, values[name]) for name, weight in model.named_parameters())
-    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr() != pointer
+    assert model.lm_head.weight.data_ptr() != pointer
+    tied = model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert tied == model.config.tie_word_embeddings
 
 
 def test_a_spread_is_median_and_quartiles():
