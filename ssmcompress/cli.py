@@ -280,15 +280,34 @@ def eval(
     recall: Annotated[
         bool, typer.Option("--recall", help="Copying and key-value recall.", rich_help_panel=MEASURE)
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="A,B", help="lm-eval tasks, shipped or of the hub.", rich_help_panel=MEASURE),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", metavar="NAME", help="smoke, standard or a YAML file.", rich_help_panel=MEASURE),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option("--include-path", metavar="DIR", help="Folder of more task YAMLs.", rich_help_panel=MEASURE),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt.", rich_help_panel=MEASURE)
+    ] = None,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens a window.", rich_help_panel=MEASURE)] = 512,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Only the first so many documents.", rich_help_panel=MEASURE)
+        int | None,
+        typer.Option("--limit", min=1, help="Only the first so many documents or items.", rich_help_panel=MEASURE),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for summary.json.", rich_help_panel=OUTPUT)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the results; an interrupted run goes on in it.", rich_help_panel=OUTPUT),
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Windows at a time.", rich_help_panel=COMPUTE)
+        int, typer.Option("--batch-size", min=1, help="Windows or prompts at a time.", rich_help_panel=COMPUTE)
     ] = 8,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -296,8 +315,8 @@ def eval(
     backend: Kernels = "auto",
 ) -> None:
     """Measure a checkpoint as it lies on disk."""
-    perplexity = perplexity or (None if recall else SHIPPED)
-    _call("evaluate", **locals())
+    perplexity = perplexity or (None if recall or tasks or suite else SHIPPED)
+    _call("evaluate", **locals() | {"tasks": [name for name in (tasks or "").split(",") if name]})
 
 
 @app.command(epilog="Example: ssmcompress compare results/dense results/wanda50 --max-drop 0.01")

@@ -17,10 +17,16 @@ sys.path.insert(0, str(HERE.parent / "reference"))
 from corpus import C4_TRAINED, HELD_OUT_NOVELS, novel, pages  # noqa: E402
 
 NOVEL_PIECES, NOVEL_PIECE = 24, 4000
+BENCHMARKS = {
+    "arc_easy.jsonl": "ai2_arc_ARC-Easy_validation.jsonl",
+    "arc_challenge.jsonl": "ai2_arc_ARC-Challenge_validation.jsonl",
+    "openbookqa.jsonl": "openbookqa_main_validation.jsonl",
+    "lambada_openai.jsonl.gz": "lambada_test.jsonl",
+}
 
 
 def main() -> None:
-    """Writes wikipedia.jsonl, novels.jsonl and calibration.jsonl beside this file, and their hashes to SHA256SUMS."""
+    """Writes the texts and the benchmarks beside this file, and their hashes to SHA256SUMS."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     data = parser.parse_args().data
@@ -30,12 +36,23 @@ def main() -> None:
         "novels.jsonl": [piece for name in HELD_OUT_NOVELS for piece in pieces(novel(data, name))],
         "calibration.jsonl": crawled(data),
     }
-    sums = []
-    for name, documents in texts.items():
-        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
-        (HERE / name).write_text(lines, encoding="utf-8")
-        sums.append(f"{hashlib.sha256(lines.encode()).hexdigest()}  {name}\n")
+    files = {name: lines({"text": text} for text in documents) for name, documents in texts.items()}
+    files |= {name: benchmark(data / "benchmarks/validation" / source) for name, source in BENCHMARKS.items()}
+    for name, content in files.items():
+        packed = gzip.compress(content, mtime=0) if name.endswith(".gz") else content
+        (HERE / name).write_bytes(packed)
+    sums = (f"{hashlib.sha256((HERE / name).read_bytes()).hexdigest()}  {name}\n" for name in files)
     (HERE / "SHA256SUMS").write_text("".join(sums))
+
+
+def lines(rows: Iterable[dict]) -> bytes:
+    """JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def benchmark(source: Path) -> bytes:
+    """The items of a benchmark with the fields of its source, in the order of its source."""
+    return lines(json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line)
 
 
 def pieces(text: str) -> Iterable[str]:
@@ -48,8 +65,8 @@ def pieces(text: str) -> Iterable[str]:
 
 def crawled(data: Path) -> list[str]:
     """The C4 documents after those the reference checkpoints were trained on."""
-    with gzip.open(data / "c4-sample/c4-sample.00000-of-00001.json.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines][C4_TRAINED:]
+    with gzip.open(data / "c4-sample/c4-sample.00000-of-00001.json.gz", "rt", encoding="utf-8") as crawl:
+        return [json.loads(line)["text"] for line in crawl][C4_TRAINED:]
 
 
 if __name__ == "__main__":

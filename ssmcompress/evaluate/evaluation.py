@@ -1,21 +1,57 @@
-"""The verb `eval`: likelihood and memory of a checkpoint, to the terminal and to summary.json."""
+"""The verb `eval`: likelihood, memory and tasks of a checkpoint, to the terminal and to summary.json."""
 
-from contextlib import nullcontext
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ssmcompress.arch.base import mixers
+from ssmcompress.checkpoint.manifest import describe, versions
 from ssmcompress.checkpoint.output import output
 from ssmcompress.checkpoint.source import Checkpoint, load, resolve
 from ssmcompress.errors import BackendError, InputError
-from ssmcompress.evaluate.results import Summary
-from ssmcompress.events import Emit, Finished, Metric, Note, Table, ignore
+from ssmcompress.evaluate import suites
+from ssmcompress.evaluate.finished import Measures
+from ssmcompress.evaluate.results import Item, Summary, TaskScore, recall_items
+from ssmcompress.events import Emit, Finished, Metric, Note, Table, ignore, number
 from ssmcompress.measure import recall as probes
 from ssmcompress.measure import text
-from ssmcompress.measure.perplexity import Perplexity
+from ssmcompress.measure.perplexity import DocumentScore, Perplexity, summarise
 from ssmcompress.measure.perplexity import perplexity as score
+
+HARNESS = "lm_eval"  # the folder of its own files
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured, and how."""
+
+    documents: Sequence[str]
+    recall: bool
+    entries: tuple[suites.Entry, ...]
+    harness: Any
+    length: int
+    batch_size: int
+    seed: int
+
+    def key(self, **others: Any) -> str:
+        """A hash that is equal where the same was asked for: only then may finished measures be taken over."""
+        told = {
+            "documents": [hashlib.sha256(each.encode()).hexdigest() for each in self.documents],
+            "recall": self.recall,
+            "tasks": [entry.model_dump() for entry in self.entries],
+            "harness": self.harness.identity() if self.harness else None,
+            "settings": [self.length, self.batch_size, self.seed],
+            "versions": versions(),
+        }
+        return hashlib.sha256(json.dumps(told | others, sort_keys=True).encode()).hexdigest()
 
 
 def evaluate(
@@ -23,6 +59,10 @@ def evaluate(
     *,
     perplexity: str | None = "default",
     recall: bool = False,
+    tasks: Sequence[str] = (),
+    suite: str | None = None,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
     length: int = 512,
     limit: int | None = None,
     out: str | Path | None = None,
@@ -34,32 +74,119 @@ def evaluate(
     backend: str = "auto",
     emit: Emit = ignore,
 ) -> Summary:
-    """Measures a checkpoint as it lies on disk; with `out`, summary.json and the scores of every document are kept.
+    """Measures a checkpoint as it lies on disk; with `out`, summary.json and the scores of every item are kept.
 
-    Raises InputError for a model without a tokenizer, a text that cannot be read, or an output that exists.
+    Tasks are lm-eval's, one after another; asked for again, an interrupted run goes on after the last finished one.
+    Raises InputError for a model without a tokenizer or that gives NaN, a text or task that cannot be read, or an
+    output that exists.
     """
     require_seed(seed)
-    documents = text.documents(perplexity, limit) if perplexity else []
+    chosen = suites.read(suite) if suite else suites.Suite()
+    entries = chosen.with_tasks(tasks).entries(limit, num_fewshot)
+    perplexity = perplexity or chosen.perplexity
+    documents = text.documents(perplexity, limit or chosen.limit) if perplexity else []
+    harness = _harness(entries, include_path) if entries else None
+    asked = Asked(documents, recall or chosen.recall, entries, harness, length, batch_size, seed)
     source = resolve(model)
-    with nullcontext() if out is None else output(out, overwrite=overwrite, source=source) as folder:
-        checkpoint = load(source, dtype=compute_dtype(dtype, device), device=device, backend=backend)
-        tokenizer = required_tokenizer(checkpoint)
-        used = checkpoint.model.dtype
-        names = next(mixers(checkpoint.model)).backend.names(device, used)
-        likelihood = memory = None
-        if documents:
-            settings: dict[str, Any] = {"length": length, "batch": batch_size, "seed": seed}
-            likelihood = score(checkpoint.model, tokenizer, documents, **settings, emit=emit)
-            tell_perplexity(likelihood, emit)
-        if recall:
-            memory = probes.recall(checkpoint.model, tokenizer, seed=seed)
-            tell_recall(memory, emit)
-        summary = Summary.of(checkpoint, likelihood, memory, text=perplexity, seed=seed, backend=names, dtype=str(used))
-        if folder is not None:
-            summary.write(folder, likelihood)
+    record = describe(source)
+    key = asked.key(model=record.sha256, device=device, dtype=dtype, backend=backend)
+    writing = {"overwrite": overwrite, "source": source, "resumable": True, "recipe_hash": key}
+    with _folder(out, writing) as folder:
+        done = Measures(folder, emit)
+        with done.kept(HARNESS):
+            checkpoint = load(source, dtype=compute_dtype(dtype, device), device=device, backend=backend)
+            required_tokenizer(checkpoint)
+            likelihood = _likelihood(checkpoint, asked, done, emit) if documents else None
+            memory = _memory(checkpoint, asked, done, emit) if asked.recall else []
+            scores, items = _tasks(checkpoint, asked, folder, done, emit)
+            used = checkpoint.model.dtype
+            summary = Summary.of(
+                checkpoint,
+                likelihood,
+                memory,
+                source=record,
+                text=perplexity,
+                seed=seed,
+                backend=next(mixers(checkpoint.model)).backend.names(device, used),
+                dtype=str(used),
+                tasks=scores,
+                **(harness.record(seed) if harness else {}),
+            )
+            summary.write(folder, likelihood, recall_items(memory) + items)
     if out is not None:
         emit(Finished(str(out)))
     return summary
+
+
+def _harness(entries: Sequence[suites.Entry], include_path: str | Path | None) -> Any:
+    from ssmcompress.evaluate.harness import Harness  # lm-eval takes seconds to import
+
+    return Harness([entry.task for entry in entries], include_path)
+
+
+@contextmanager
+def _folder(out: str | Path | None, writing: dict[str, Any]) -> Iterator[Path]:
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        with output(out, **writing) as folder:
+            yield folder
+
+
+def _likelihood(checkpoint: Checkpoint, asked: Asked, done: Measures, emit: Emit) -> Perplexity:
+    settings: dict[str, Any] = {"length": asked.length, "batch": asked.batch_size, "seed": asked.seed}
+
+    def measure() -> list[dict[str, Any]]:
+        found = score(checkpoint.model, checkpoint.tokenizer, asked.documents, **settings, emit=emit)
+        _require_numbers(checkpoint, "the text", [document.nats for document in found.documents])
+        return [vars(document) for document in found.documents]
+
+    documents = [DocumentScore(**row) for row in done.get("perplexity", measure)]
+    found = summarise(documents, asked.length, asked.seed)
+    tell_perplexity(found, emit)
+    return found
+
+
+def _memory(checkpoint: Checkpoint, asked: Asked, done: Measures, emit: Emit) -> list[probes.Recall]:
+    def measure() -> list[dict[str, Any]]:
+        found = probes.recall(checkpoint.model, checkpoint.tokenizer, seed=asked.seed)
+        _require_numbers(checkpoint, "the memory probes", [probe.log_probability for probe in found])
+        return [asdict(probe) for probe in found]
+
+    lists = ("hits", "item_sha256")
+    rows = [row | {name: tuple(row[name]) for name in lists} for row in done.get("recall", measure)]
+    found = [probes.Recall(**row) for row in rows]
+    tell_recall(found, emit)
+    return found
+
+
+def _tasks(
+    checkpoint: Checkpoint, asked: Asked, folder: Path, done: Measures, emit: Emit
+) -> tuple[tuple[TaskScore, ...], list[Item]]:
+    scores: list[TaskScore] = []
+    items: list[Item] = []
+    for entry in asked.entries:
+
+        def measure(entry: suites.Entry = entry) -> dict[str, Any]:
+            place = folder / HARNESS / entry.task.replace("/", "__")
+            found = asked.harness.run(checkpoint, entry, place, batch_size=asked.batch_size, seed=asked.seed, emit=emit)
+            return {name: [row.model_dump() for row in getattr(found, name)] for name in ("scores", "items")}
+
+        found = done.get(f"task-{entry.task}", measure)
+        scores += [TaskScore(**row) for row in found["scores"]]
+        items += [Item(**row) for row in found["items"]]
+    if scores:
+        tell_tasks(scores, emit)
+    return tuple(scores), items
+
+
+def _require_numbers(checkpoint: Checkpoint, what: str, values: Sequence[float]) -> None:
+    if not all(map(math.isfinite, values)):
+        raise InputError(
+            f"{checkpoint.source.name} gives NaN or infinite log-likelihoods on {what}: there is no score.",
+            hint="Its weights are finite, but their products are not: use another checkpoint, or --dtype float32.",
+        )
 
 
 def compute_dtype(name: str, device: str) -> torch.dtype | Literal["auto"]:
@@ -123,3 +250,18 @@ def tell_recall(found: list[probes.Recall], emit: Emit) -> None:
     emit(Table("memory", ("probe", "load", "accuracy", "chance", "log p", ""), rows))
     if not any(probe.measurable for probe in found):
         emit(Note("No memory probe is measurable on this model: nothing can be said about damage to it."))
+
+
+def tell_tasks(found: Sequence[TaskScore], emit: Emit) -> None:
+    """The figures of the tasks as a table."""
+    rows = tuple(
+        (
+            each.task,
+            each.metric if each.filter == "none" else f"{each.metric} ({each.filter})",
+            number(each.value) + ("" if each.standard_error is None else f" ± {number(each.standard_error)}"),
+            str(each.samples),
+            "" if each.measurable else "not measurable",
+        )
+        for each in found
+    )
+    emit(Table("tasks", ("task", "metric", "value", "samples", "note"), rows))

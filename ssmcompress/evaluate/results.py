@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +11,12 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ssmcompress.checkpoint.manifest import describe, versions
-from ssmcompress.checkpoint.source import Checkpoint, state_dict
+from ssmcompress.checkpoint.manifest import NAME as MANIFEST
+from ssmcompress.checkpoint.manifest import SourceRecord, versions
+from ssmcompress.checkpoint.manifest import read as read_manifest
+from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
 from ssmcompress.errors import InputError
-from ssmcompress.evaluate.compare import Samples
+from ssmcompress.evaluate.compare import Kind, Samples
 from ssmcompress.measure.perplexity import Perplexity
 from ssmcompress.measure.recall import Recall
 
@@ -43,6 +45,19 @@ class TaskScore(BaseModel):
     measurable: bool = True
 
 
+class Item(BaseModel):
+    """A line of samples.jsonl: what one item gave a measure, whose figure is Σ values / Σ weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    measure: str
+    kind: Kind
+    item: str
+    value: float
+    weight: float
+    tokens: int | None = None
+
+
 class Summary(BaseModel):
     """Figures of a checkpoint; bytes are those of the weights as stored and of one sequence's recurrent state."""
 
@@ -67,20 +82,26 @@ class Summary(BaseModel):
     perplexity_interval: tuple[float, float] | None = None
     recall: tuple[dict[str, Any], ...] = ()
     label: str = ""
+    source: str | None = None
+    recipe_sha256: str | None = None
     tasks: tuple[TaskScore, ...] = ()
+    harness_versions: dict[str, str] = {}
+    seeds: dict[str, int] = {}
+    speed: dict[str, Any] | None = None
 
     @classmethod
     def of(
         cls,
         checkpoint: Checkpoint,
         likelihood: Perplexity | None,
-        memory: list[Recall] | None,
+        memory: Sequence[Recall] | None,
         *,
+        source: SourceRecord,
         text: str | None,
         **fields: Any,
     ) -> "Summary":
         """The summary of what was measured."""
-        source, weights = describe(checkpoint.source), checkpoint.stored
+        weights = checkpoint.stored
         if likelihood is not None:
             fields |= {
                 "text": Path(text or "").name,
@@ -93,33 +114,57 @@ class Summary(BaseModel):
             }
         return cls(
             model=source.name,
+            label=source.name,
             model_sha256=source.sha256,
             versions=versions(),
             params=sum(tensor.numel() for tensor in state_dict(checkpoint.model).values()),
             weight_bytes=sum(weights.shape(name).numel() * weights.dtype(name).itemsize for name in weights),
             state_bytes=checkpoint.arch.state_bytes(),
             recall=tuple(probe.to_dict() for probe in memory or ()),
-            **fields,
+            **(_origin(checkpoint.source) | fields),
         )
 
-    def write(self, folder: Path, likelihood: Perplexity | None) -> None:
-        """Writes summary.json, and one line for each document for paired tests."""
+    def write(self, folder: Path, likelihood: Perplexity | None, items: Sequence[Item] = ()) -> None:
+        """Writes summary.json, and what each measure gave item by item for paired tests."""
         (folder / NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if likelihood is not None:
             rows = (json.dumps(vars(document)) + "\n" for document in likelihood.documents)
             (folder / DOCUMENTS).write_text("".join(rows), encoding="utf-8")
-            items = (
-                {
-                    "measure": "text/bits_per_byte",
-                    "kind": "log_likelihood",
-                    "item": document.sha256,
-                    "value": document.nats / math.log(2),
-                    "weight": document.bytes,
-                    "tokens": document.tokens,
-                }
-                for document in likelihood.documents
-            )
-            (folder / SAMPLES).write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+        found = [*text_items(likelihood), *items]
+        lines = "".join(item.model_dump_json(exclude_none=True) + "\n" for item in found)
+        (folder / SAMPLES).write_text(lines, encoding="utf-8")
+
+
+def text_items(likelihood: Perplexity | None) -> list[Item]:
+    """The documents of a text: bits over bytes."""
+    return [
+        Item(
+            measure="text/bits_per_byte",
+            kind="log_likelihood",
+            item=document.sha256,
+            value=document.nats / math.log(2),
+            weight=document.bytes,
+            tokens=document.tokens,
+        )
+        for document in (likelihood.documents if likelihood else ())
+    ]
+
+
+def recall_items(memory: Sequence[Recall]) -> list[Item]:
+    """The items of the memory probes: the share of right tokens of each."""
+    return [
+        Item(measure=f"recall/{probe.probe}-{probe.load}", kind="accuracy", item=item, value=hit, weight=1)
+        for probe in memory
+        for item, hit in zip(probe.item_sha256, probe.hits, strict=True)
+    ]
+
+
+def _origin(source: Source) -> dict[str, Any]:
+    """The dense model that a compressed one was made from, and the recipe, where its manifest tells."""
+    if not (source.folder / MANIFEST).exists():
+        return {}
+    made = read_manifest(source.folder)
+    return {"source": made.source.name, "recipe_sha256": made.recipe_sha256}
 
 
 def _identity(likelihood: Perplexity) -> str:

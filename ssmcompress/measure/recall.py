@@ -17,7 +17,10 @@ PAIRS = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Recall:
-    """One probe at one load: accuracy with its standard error, chance, and mean log-probability of the right token."""
+    """One probe at one load: accuracy with its standard error, chance, and mean log-probability of the right token.
+
+    `hits` is the share of right tokens of each item, `item_sha256` says which item it was.
+    """
 
     probe: str
     load: int
@@ -27,6 +30,8 @@ class Recall:
     chance: float
     log_probability: float
     items_sha256: str
+    hits: tuple[float, ...] = ()
+    item_sha256: tuple[str, ...] = ()
 
     @property
     def measurable(self) -> bool:
@@ -34,8 +39,9 @@ class Recall:
         return self.accuracy >= self.chance + 4 * max(self.standard_error, math.sqrt(0.25 / self.items) / 8)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and whether the level is measurable."""
-        return asdict(self) | {"measurable": self.measurable}
+        """The figures and whether the level is measurable, without the items."""
+        figures = {name: value for name, value in asdict(self).items() if name not in ("hits", "item_sha256")}
+        return figures | {"measurable": self.measurable}
 
 
 def recall(model: nn.Module, tokenizer: Any, *, items: int = 512, seed: int = 0, batch: int = 64) -> list[Recall]:
@@ -95,9 +101,18 @@ def _summary(
 ) -> Recall:
     hits = torch.cat(right).double()
     error = float(hits.std(correction=1) / math.sqrt(len(hits)))
-    told = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+    ids = rows.astype("<i8")
     return Recall(
-        probe, load, len(hits), float(hits.mean()), error, chance, float(torch.cat(logp).double().mean()), told
+        probe,
+        load,
+        len(hits),
+        float(hits.mean()),
+        error,
+        chance,
+        float(torch.cat(logp).double().mean()),
+        hashlib.sha256(ids.tobytes()).hexdigest(),
+        tuple(hits.tolist()),
+        tuple(hashlib.sha256(row.tobytes()).hexdigest() for row in ids),
     )
 
 

@@ -1,0 +1,417 @@
+"""lm-eval on a loaded checkpoint: one task a call, its own files as it writes them, our scores beside them."""
+
+import difflib
+import hashlib
+import io
+import json
+import logging
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from lm_eval import simple_evaluate
+from lm_eval.api.model import CacheHook
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ssmcompress.checkpoint.source import Checkpoint
+from ssmcompress.errors import InputError, ResourceError, SsmcompressError, UnsupportedError
+from ssmcompress.evaluate.results import Item, TaskScore
+from ssmcompress.evaluate.suites import TASKS, Entry, shipped
+from ssmcompress.events import Advance, Emit, Note, Phase
+
+CODE = (".yaml", ".yml", ".py")
+BOOTSTRAP = 1000  # resamples of lm-eval's own standard errors, where a metric has no closed form
+USUAL = (  # warnings of lm-eval's about what this module does on purpose
+    "`pretrained` model kwarg",
+    "Passed an already-initialized model",
+    "Custom kwargs can be passed",
+    "but aggregation is not",
+    "but higher_is_better is not",
+    "Overwriting default num_fewshot",
+    "num_fewshot > 0 but fewshot_split",
+    "using test_docs as fewshot_docs",
+    "overrides existing task",
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a task gave: its figures, and what they are the mean of, item by item."""
+
+    scores: tuple[TaskScore, ...]
+    items: tuple[Item, ...]
+
+
+class Harness:
+    """lm-eval's tasks, the shipped ones, and those of a folder of the user's, which go before the others."""
+
+    def __init__(self, names: Sequence[str], include_path: str | Path | None = None) -> None:
+        folders = [shipped(TASKS)]
+        if include_path is not None:
+            folders.append(Path(include_path).expanduser())
+            if not folders[-1].is_dir():
+                raise InputError(f"There is no folder {include_path}.", hint="--include-path holds task YAML files.")
+        self._paths = [str(folder) for folder in folders]
+        with quiet(_nothing):
+            self._tasks = TaskManager(include_path=self._paths, include_defaults=False)
+            if not set(names) <= set(self._tasks.all_subtasks):  # reading lm-eval's thousands of files takes seconds
+                self._tasks = TaskManager(include_path=self._paths)
+        for name in names:
+            self._require(name)
+
+    def _require(self, name: str) -> None:
+        """InputError or ResourceError for a task that is not there, or whose data cannot be had."""
+        if name not in self._tasks.all_tasks:
+            close = difflib.get_close_matches(name, self._tasks.all_tasks, n=3)
+            hint = f"Did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists them."
+            raise InputError(f"There is no task {name!r}.", hint=hint)
+        with _readable(name), quiet(_nothing):
+            try:
+                self._tasks.load([name])
+            except (OSError, ImportError, HfHubHTTPError, MemoryError):
+                raise
+            except Exception as error:  # a task may run any code of its own
+                raise InputError(
+                    f"The task {name} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}.",
+                    hint="Check its YAML file against lm-eval's task guide.",
+                ) from error
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the prompts and scores: versions, and the hashes of the task files beside lm-eval's own."""
+        files = [path for folder in self._paths for path in sorted(Path(folder).rglob("*")) if path.suffix in CODE]
+        return {"versions": versions(), "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]}
+
+    def record(self, seed: int) -> dict[str, Any]:
+        """What summary.json keeps of the harness."""
+        return {"harness_versions": versions(), "seeds": seeds(seed)}
+
+    def run(
+        self, checkpoint: Checkpoint, entry: Entry, place: Path, *, batch_size: int, seed: int, emit: Emit
+    ) -> Scored:
+        """Runs one task; lm-eval's files go into the folder `place`, in place of what an interrupted run left there.
+
+        Raises InputError where the model gives no number, ResourceError where the files cannot be written.
+        """
+        shutil.rmtree(place, ignore_errors=True)
+        tracker = EvaluationTracker(output_path=str(place))
+        # without a pool of processes, which a fork of a process with threads may never leave
+        with _readable(entry.task), quiet(emit) as (told, said), patch.dict("os.environ", DISABLE_MULTIPROC="1"):
+            try:
+                found = simple_evaluate(
+                    model=Model(checkpoint, entry.task, batch_size, told),
+                    model_args={"pretrained": checkpoint.source.label},
+                    tasks=[entry.task],
+                    task_manager=self._tasks,
+                    num_fewshot=entry.num_fewshot,
+                    limit=entry.limit,
+                    batch_size=batch_size,
+                    device=str(checkpoint.model.device),
+                    bootstrap_iters=BOOTSTRAP,
+                    evaluation_tracker=tracker,
+                    **{f"{name}_seed": value for name, value in seeds(seed).items()},
+                )
+            except OverflowError as error:
+                raise no_number(checkpoint.source.name, entry.task) from error
+            scored = _scored(found, entry)
+            samples = found.pop("samples")
+            tracker.save_results_aggregated(results=found, samples=samples)
+            for name in samples:
+                tracker.save_results_samples(task_name=name, samples=samples[name])
+        _require_files(place, {name: len(rows) for name, rows in samples.items()}, said)
+        for score in scored.scores:
+            if not math.isfinite(score.value):
+                raise no_number(checkpoint.source.name, entry.task)
+        return scored
+
+
+class Model(HFLM):
+    """The loaded model as lm-eval drives it: its batching, padding and stopping, our events for its bars."""
+
+    def __init__(self, checkpoint: Checkpoint, task: str, batch_size: int, emit: Emit) -> None:
+        super().__init__(
+            pretrained=checkpoint.model, tokenizer=checkpoint.tokenizer, backend="causal", batch_size=batch_size
+        )
+        self.pretrained = ""  # else its report asks the hub for a model
+        self._task, self._emit, self._name = task, emit, checkpoint.source.name
+        self.set_cache_hook(_Answers(self))
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihoods in nats of continuations, and whether each is the greedy one."""
+        self._emit(Phase(self._task, len(requests)))
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihoods in nats of whole texts, each token predicted once."""
+        self._emit(Phase(self._task, len(requests)))
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Continuations up to a stop string."""
+        self._emit(Phase(self._task, len(requests)))
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _model_generate(self, *args: Any, **settings: Any) -> torch.Tensor:
+        return super()._model_generate(*args, **settings, logits_processor=LogitsProcessorList([_Numbers(self)]))
+
+    def answered(self, answer: Any) -> None:
+        """Counts a finished request; InputError where its log-likelihood is no number."""
+        likelihood = answer[0] if isinstance(answer, tuple) else answer
+        if isinstance(likelihood, float) and math.isnan(likelihood):
+            raise self.no_number()
+        self._emit(Advance())
+
+    def no_number(self) -> InputError:
+        """The error of a model that gives NaN."""
+        return no_number(self._name, self._task)
+
+
+class _Answers(CacheHook):
+    """Where lm-eval tells of every finished request: its cache of answers, of which none is kept here."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(None)
+        self._model = model
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        self._model.answered(res)
+
+
+class _Numbers(LogitsProcessor):
+    """Ends a generation whose logits are NaN: the likeliest of them would be written as if it were an answer."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.isnan().any():
+            raise self._model.no_number()
+        return scores
+
+
+class _Sink(io.StringIO):
+    """Takes what lm-eval prints; rich still finds the stream behind it for the bar of ours."""
+
+    def __init__(self, behind: Any) -> None:
+        super().__init__()
+        self.rich_proxied_file = getattr(behind, "rich_proxied_file", behind)
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class _Warnings(logging.Handler):
+    """Passes each warning of lm-eval's on once, and remembers all it said."""
+
+    def __init__(self, emit: Emit) -> None:
+        super().__init__()
+        self.said: list[str] = []
+        self._emit = emit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING and text not in self.said and not any(usual in text for usual in USUAL):
+            self._emit(Note(f"lm-eval: {' '.join(text.split())}", "warning"))
+        self.said.append(text)
+
+
+@contextmanager
+def quiet(emit: Emit) -> Iterator[tuple[Emit, list[str]]]:
+    """Silences lm-eval's bars, prints and loggers; yields an emit that is heard all the same, and what was logged."""
+    out, err = sys.stdout, sys.stderr
+
+    def told(event: Any) -> None:
+        with redirect_stdout(out), redirect_stderr(err):
+            emit(event)
+
+    logger = logging.getLogger("lm_eval")
+    handler, level, handlers, propagate = _Warnings(told), logger.level, logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    try:
+        with redirect_stdout(_Sink(out)), redirect_stderr(_Sink(err)):
+            yield told, handler.said
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what is asked of the model, beside those of the manifest."""
+    return {name: version(name) for name in ("lm_eval", "datasets", "tokenizers")}
+
+
+def seeds(seed: int) -> dict[str, int]:
+    """lm-eval's four seeds: its own defaults where ours is 0."""
+    shifted = (1234 + seed) % 2**32  # numpy takes no more
+    return {"random": seed, "numpy_random": shifted, "torch_random": shifted, "fewshot_random": shifted}
+
+
+def no_number(model: str, task: str) -> InputError:
+    """The error of a model whose log-likelihoods are NaN or infinite."""
+    return InputError(
+        f"{model} gives NaN or infinite log-likelihoods on {task}: there is no score.",
+        hint="Its weights are finite, but their products are not: use another checkpoint, or --dtype float32.",
+    )
+
+
+def _nothing(_: Any) -> None:
+    pass
+
+
+@contextmanager
+def _readable(task: str) -> Iterator[None]:
+    """Says what is wrong with a task in a sentence: lm-eval and datasets raise almost anything."""
+    try:
+        yield
+    except (SsmcompressError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except DatasetNotFoundError as error:
+        raise InputError(
+            f"The data of the task {task} is not on the hub, or may not be read.",
+            hint="A private or gated data set needs `hf auth login`.",
+        ) from error
+    except (ConnectionError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        raise _offline(task) from error
+    except ModuleNotFoundError as error:
+        raise ResourceError(
+            f"The task {task} needs the package {error.name}.", hint=f"Install it: pip install {error.name}."
+        ) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise _offline(task) from error
+
+
+def _offline(task: str) -> InputError:
+    return InputError(
+        f"The data of the task {task} cannot be fetched: the hub cannot be reached, and its cache does not hold it.",
+        hint="Connect and unset HF_HUB_OFFLINE, or take a task over shipped data, such as lambada_openai_local.",
+    )
+
+
+def _require_files(place: Path, expected: dict[str, int], said: list[str]) -> None:
+    """ResourceError unless lm-eval's files are there and whole: its tracker logs what went wrong and goes on."""
+    try:
+        (results,) = place.rglob("results_*.json")
+        json.loads(results.read_text(encoding="utf-8"))
+        for name, count in expected.items():
+            (samples,) = place.rglob(f"samples_{name.replace('/', '__')}_*.jsonl")
+            lines = samples.read_text(encoding="utf-8").split("\n")
+            if len(lines) != count + 1:
+                raise ValueError(f"{samples.name} has {len(lines) - 1} lines of {count}")
+    except (OSError, ValueError) as error:
+        why = next((line for line in reversed(said) if "Error" in line), str(error))
+        raise ResourceError(
+            f"lm-eval could not write its results into {place}: {why}.",
+            hint="Make room, or choose another folder with --out.",
+        ) from error
+
+
+def _scored(found: Any, entry: Entry) -> Scored:
+    scores: list[TaskScore] = []
+    items: list[Item] = []
+    for task, samples in found["samples"].items():
+        for metric, filter_name in _metrics(found["results"][task]):
+            rows = [row for row in samples if row["filter"] == filter_name]
+            score = _score(found, entry, task, metric, filter_name, rows)
+            scores.append(score)
+            items += _items(score, rows)
+    if not scores:
+        raise UnsupportedError(f"The task {entry.task} gives no score.", hint="Choose a task that has a metric.")
+    return Scored(tuple(scores), tuple(items))
+
+
+def _metrics(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The metrics of a task and their filters, as `metric,filter` names them."""
+    split = [key.rsplit(",", 1) for key, value in results.items() if "," in key and isinstance(value, int | float)]
+    return [(metric, name) for metric, name in split if not metric.endswith("_stderr")]
+
+
+def _score(found: Any, entry: Entry, task: str, metric: str, filter_name: str, rows: list[Any]) -> TaskScore:
+    results = found["results"][task]
+    error = results.get(f"{metric}_stderr,{filter_name}")
+    error = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+    value = float(results[f"{metric},{filter_name}"])
+    chance = _chance(found["configs"][task], metric, rows)
+    hashes = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows)
+    return TaskScore(
+        task=task,
+        metric=metric,
+        filter=filter_name,
+        value=value,
+        standard_error=error,
+        higher_is_better=bool(found["higher_is_better"][task].get(metric, True)),
+        samples=len(rows),
+        samples_sha256=hashlib.sha256(hashes.encode()).hexdigest(),
+        version=str(found["versions"].get(task)),
+        num_fewshot=int(found["n-shot"].get(task) or 0),
+        limit=entry.limit,
+        chance=chance,
+        measurable=_measurable(value, error, chance, len(rows)),
+    )
+
+
+def _chance(config: dict[str, Any], metric: str, rows: list[Any]) -> float | None:
+    """The mean accuracy of guessing, where a task is multiple choice."""
+    if config.get("output_type") != "multiple_choice" or not metric.startswith("acc"):
+        return None
+    if not rows or "acc_mutual_info" in rows[0]["metrics"]:  # each option is asked for twice there
+        return None
+    return sum(1 / len(row["arguments"]) for row in rows) / len(rows)
+
+
+def _measurable(value: float, error: float | None, chance: float | None, samples: int) -> bool:
+    """Whether a level is four standard errors above chance; the error is at least that of `measure.recall`."""
+    if chance is None:
+        return True
+    return error is not None and value >= chance + 4 * max(error, 0.0625 / math.sqrt(samples))
+
+
+def _items(score: TaskScore, rows: list[Any]) -> list[Item]:
+    """The items of a metric, in the first way whose figure is the one that lm-eval gave; none where no way gives it."""
+    values = [row[score.metric] for row in rows]
+    for kind, taken, figure in WAYS:
+        try:
+            pairs = [taken(value) for value in values]
+            total, weight = (math.fsum(column) for column in zip(*pairs, strict=True))
+            if not math.isclose(figure(total / weight), score.value, rel_tol=1e-9, abs_tol=1e-12):
+                continue
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+            continue
+        measure = f"{score.task}/{score.metric}" + ("" if score.filter == "none" else f",{score.filter}")
+        return [
+            Item(measure=measure, kind=kind, item=_identity(row), value=value, weight=weight)
+            for row, (value, weight) in zip(rows, pairs, strict=True)
+        ]
+    return []
+
+
+def _identity(row: Any) -> str:
+    return hashlib.sha256((row["doc_hash"] + row["prompt_hash"] + row["target_hash"]).encode()).hexdigest()
+
+
+def _weighted(value: Any) -> tuple[float, float]:
+    likelihood, weight = value
+    return -float(likelihood), float(weight)
+
+
+# how an item of lm-eval's becomes (value, weight), and its figure the ratio of their sums
+WAYS: tuple[tuple[Any, Callable[[Any], tuple[float, float]], Callable[[float], float]], ...] = (
+    ("accuracy", lambda value: (float(value), 1.0), lambda mean: mean),
+    ("log_likelihood", lambda value: (-float(value), 1.0), math.exp),
+    ("log_likelihood", _weighted, math.exp),
+    ("log_likelihood", lambda value: (_weighted(value)[0] / math.log(2), _weighted(value)[1]), lambda mean: mean),
+)
