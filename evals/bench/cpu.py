@@ -91,7 +91,7 @@ def run(bench: Bench, tell: Emit) -> list[str]:
     say(load("before the timings in one process"))
     torch.set_num_threads(bench.threads)
     kind = "CPU seconds of the process" if bench.threads == 1 else "wall seconds"
-    say(Table(f"Speed: {kind}, least (median) of {bench.repeats} rounds A B A B", SPEED, tuple(speed(bench))))
+    say(Table(f"Speed: {kind}, least (median) of {bench.repeats} rounds A B B A", SPEED, tuple(speed(bench))))
     say(load("after"))
     say(Note(f"The whole run took {time.perf_counter() - started:.0f} s."))
     return texts

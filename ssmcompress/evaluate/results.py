@@ -188,7 +188,7 @@ def read(folder: str | Path) -> Results:
     hint = "Give a folder that `ssmcompress eval MODEL --out` wrote."
     try:
         summary = Summary.model_validate_json((folder / NAME).read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (folder / SAMPLES).read_text(encoding="utf-8").splitlines()]
+        items = [Item.model_validate_json(line) for line in (folder / SAMPLES).read_text("utf-8").splitlines()]
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}.", hint=hint) from None
     except (ValidationError, ValueError) as error:
@@ -197,18 +197,18 @@ def read(folder: str | Path) -> Results:
         ) from None
     chances = {f"{score.task}/{score.metric}": score.chance for score in summary.tasks}
     chances |= {f"recall/{probe['probe']}-{probe['load']}": probe["chance"] for probe in summary.recall}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row["measure"], []).append(row)
+    found: dict[str, list[Item]] = {}
+    for item in items:
+        found.setdefault(item.measure, []).append(item)
     return Results(folder, summary, {name: _samples(rows, chances.get(name)) for name, rows in found.items()})
 
 
-def _samples(rows: list[dict[str, Any]], chance: float | None) -> Samples:
+def _samples(rows: list[Item], chance: float | None) -> Samples:
     return Samples(
-        rows[0]["measure"],
-        rows[0]["kind"],
-        tuple(row["item"] for row in rows),
-        np.array([row["value"] for row in rows], float),
-        np.array([row["weight"] for row in rows], float),
+        rows[0].measure,
+        rows[0].kind,
+        tuple(row.item for row in rows),
+        np.array([row.value for row in rows], float),
+        np.array([row.weight for row in rows], float),
         chance,
     )

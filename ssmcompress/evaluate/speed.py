@@ -85,7 +85,7 @@ class Ratio(_Record):
 
     @classmethod
     def of(cls, figure: str, seconds: Sequence[float], against: Sequence[float], seed: int = 0) -> "Ratio":
-        """The ratio of seconds taken in turns A B A B …; a single turn has no interval."""
+        """The ratio of seconds taken in turns; a single turn has no interval."""
         ratios = np.asarray(against) / np.asarray(seconds)
         held = None
         if len(ratios) > 1:
@@ -147,7 +147,7 @@ def speed(
     seed: int = 0,
     emit: Emit = ignore,
 ) -> Speed:
-    """Times a model on random tokens, where asked for in turns A B A B … with another on the same tokens.
+    """Times a model on random tokens, where asked for in turns A B B A … with another on the same tokens.
 
     Rates count the tokens of all rows of the batch. Raises InputError for a size below one, ResourceError where the
     memory to measure in cannot be had.
@@ -160,8 +160,10 @@ def speed(
     lengths = tuple(sorted(set(lengths)))
     before = os.getloadavg()[0]
     emit(Phase("speed", (2 * len(lengths) + 1) * (repetitions + WARM_UP)))
+    clock = partial(_clock, checkpoint.model.device)
+    moves = {name: partial(move, each.model) for name, each in contestants.items()} if against else None
     taken = {
-        figure: rounds(work, repetitions, WARM_UP, clock=partial(_clock, checkpoint.model.device), emit=emit)
+        figure: rounds(work, repetitions, WARM_UP, moves=moves, clock=clock, emit=emit)
         for figure, work in _works(contestants, lengths, decode_tokens, batch, seed).items()
     }
     after = os.getloadavg()[0]
@@ -220,19 +222,34 @@ def rounds(
     repetitions: int,
     warm_up: int,
     *,
+    moves: Mapping[str, Callable[[], Any]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     emit: Emit = ignore,
 ) -> dict[str, list[float]]:
-    """Seconds of each work in turn, A B A B …, round by round; rounds that warm up are dropped."""
+    """Seconds of each work in turn, A B B A …, round by round; rounds that warm up are dropped.
+
+    With `moves`, each is moved before every round and then run once untimed: where weights happen to lie in memory is
+    worth a percent or two, and would else count as a difference of the models.
+    """
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(repetitions + warm_up):
-        for name, each in work.items():
+        order = list(work)[:: -1 if turn % 2 else 1]
+        if moves:
+            for each in (*(moves[name] for name in order), *(work[name] for name in order)):
+                each()
+        for name in order:
             started = clock()
-            each()
+            work[name]()
             if turn >= warm_up:
                 times[name].append(clock() - started)
         emit(Advance())
     return times
+
+
+def move(model: nn.Module) -> None:
+    """Lays the weights of a model elsewhere in memory."""
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
 
 
 def flops(model: nn.Module, arch: Arch, length: int = 1) -> dict[str, float]:

@@ -81,7 +81,7 @@ def test_rounds_take_turns_and_drop_the_first(cpu: ModuleType):
     calls: list[str] = []
     asked = {name: lambda name=name: calls.append(name) for name in "AB"}
     times = cpu.rounds(cpu.QUICK, asked)
-    assert calls == list("ABAB")
+    assert calls == list("ABBA")
     assert [len(taken) for taken in times.values()] == [1, 1]
 
 

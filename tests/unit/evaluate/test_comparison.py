@@ -251,6 +251,10 @@ def test_one_evaluation_or_strictness_without_a_bound_is_refused(dense):
 def test_folders_that_hold_no_results_are_refused(dense, tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         ssmcompress.compare(dense, tmp_path)
+    for line in ("{", '{"measure": "t/acc"}', "[]"):
+        (tmp_path / "dense" / "samples.jsonl").write_text(line)
+        with pytest.raises(InputError, match="no results that can be read"):
+            ssmcompress.compare(dense, dense)
     (tmp_path / "dense" / "samples.jsonl").write_text("")
     with pytest.raises(InputError, match="holds no scored items"):
         ssmcompress.compare(dense, dense)

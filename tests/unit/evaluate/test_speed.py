@@ -9,10 +9,12 @@ from ssmcompress.checkpoint.source import load
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate import speed as module
 from ssmcompress.evaluate.peak import prefill
-from ssmcompress.evaluate.speed import Ratio, Speed, Spread, flops, parsed, read, rounds, speed, tell
+from ssmcompress.evaluate.speed import Ratio, Speed, Spread, flops, move, parsed, read, rounds, speed, tell
 from ssmcompress.events import Advance, Note, Phase, Table
 from tests.unit.arch.models import CONFIGS, stock
 from tests.unit.checkpoint import folders
+
+CASES = str.upper, str.lower
 
 
 @pytest.fixture(scope="module", params=["mamba", "mamba2"])
@@ -33,9 +35,28 @@ def test_rounds_take_turns_and_drop_those_that_warm_up():
     asked = {"A": lambda: work("A", 1.0), "B": lambda: work("B", 3.0)}
     events = []
     times = rounds(asked, 3, 2, clock=lambda: now[0], emit=events.append)
-    assert "".join(calls) == "ABABABABAB"
+    assert "".join(calls) == "ABBAABBAAB"
     assert times == {"A": [1.0] * 3, "B": [3.0] * 3}
     assert events == [Advance()] * 5
+
+
+def test_what_is_moved_runs_once_before_it_is_timed():
+    calls = []
+    work, moves = ({name: lambda name=name, case=case: calls.append(case(name)) for name in "AB"} for case in CASES)
+    times = rounds(work, 1, 1, moves=moves)
+    assert "".join(calls) == "abABAB" + "baBABA"
+    assert [len(taken) for taken in times.values()] == [1, 1]
+
+
+def test_moved_weights_are_the_same_elsewhere_and_still_tied(checkpoint):
+    model = checkpoint.model
+    values = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    pointer = model.lm_head.weight.data_ptr()
+    move(model)
+    assert all(torch.equal(weight, values[name]) for name, weight in model.named_parameters())
+    assert model.lm_head.weight.data_ptr() != pointer
+    tied = model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert tied == model.config.tie_word_embeddings
 
 
 def test_a_spread_is_median_and_quartiles():
