@@ -17,11 +17,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from lm_eval import simple_evaluate
 from lm_eval.api.model import CacheHook
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.loggers.utils import get_commit_from_path
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -107,8 +107,7 @@ class Harness:
         """
         shutil.rmtree(place, ignore_errors=True)
         tracker = EvaluationTracker(output_path=str(place))
-        # without a pool of processes, which a fork of a process with threads may never leave
-        with _readable(entry.task), quiet(emit) as (told, said), patch.dict("os.environ", DISABLE_MULTIPROC="1"):
+        with _readable(entry.task), quiet(emit) as (told, said), _tame():
             try:
                 found = simple_evaluate(
                     model=Model(checkpoint, entry.task, batch_size, told),
@@ -248,6 +247,14 @@ def quiet(emit: Emit) -> Iterator[tuple[Emit, list[str]]]:
         logger.setLevel(level)
 
 
+@contextmanager
+def _tame() -> Iterator[None]:
+    """No pool of processes for the bootstrap: a fork beside threads may hang; no git that complains on the terminal."""
+    commit = patch("lm_eval.evaluator.get_git_commit_hash", lambda: get_commit_from_path(Path.cwd()))
+    with patch.dict("os.environ", DISABLE_MULTIPROC="1"), commit:
+        yield
+
+
 def versions() -> dict[str, str]:
     """The versions that decide what is asked of the model, beside those of the manifest."""
     return {name: version(name) for name in ("lm_eval", "datasets", "tokenizers")}
@@ -278,21 +285,17 @@ def _readable(task: str) -> Iterator[None]:
         yield
     except (SsmcompressError, MemoryError, torch.OutOfMemoryError):
         raise
-    except DatasetNotFoundError as error:
-        raise InputError(
-            f"The data of the task {task} is not on the hub, or may not be read.",
-            hint="A private or gated data set needs `hf auth login`.",
-        ) from error
     except (ConnectionError, HfHubHTTPError, OfflineModeIsEnabled) as error:
         raise _offline(task) from error
     except ModuleNotFoundError as error:
         raise ResourceError(
             f"The task {task} needs the package {error.name}.", hint=f"Install it: pip install {error.name}."
         ) from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise _offline(task) from error
+    except FileNotFoundError as error:  # what datasets raises for an unknown or gated one, among others
+        raise InputError(
+            f"The data of the task {task} is not there: {' '.join(str(error).split())}",
+            hint="Check the paths in its YAML file; a private or gated data set needs `hf auth login`.",
+        ) from error
 
 
 def _offline(task: str) -> InputError:
