@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import ssmcompress
 from ssmcompress.checkpoint.source import resolve
-from ssmcompress.evaluate import finished
+from ssmcompress.evaluate import evaluation, finished
 from ssmcompress.evaluate.harness import Harness
 from ssmcompress.evaluate.results import read
-from tests.flow.test_bytes import contents
 
 SUITE = """
 name: tiny
@@ -59,7 +58,7 @@ def whole(suite, pages, tmp_path_factory):
 
 def ours(folder):
     """The files of a folder but those of lm-eval, which hold times."""
-    return {name: content for name, content in contents(folder).items() if not name.startswith("lm_eval")}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_a_suite_writes_figures_items_and_the_files_of_lm_eval(run, suite, pages, whole, tmp_path):
@@ -126,8 +125,8 @@ def test_a_killed_suite_goes_on_after_its_last_finished_task(run, suite, pages, 
     assert not out.exists() and (partial / "lm_eval" / "arc_easy_local").is_dir()
     done = {path.stem for path in (partial / finished.FOLDER).glob("*.json")}
     assert done == {"perplexity", "recall", "task-lambada_openai_local"}
-    for name in ("ssmcompress.evaluate.evaluation.score", "ssmcompress.measure.recall.recall"):
-        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("measured again"))
+    for module, name in ((evaluation, "score"), (evaluation.probes, "recall")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("measured again"))
     measured, measure = [], Harness.run
 
     def counted(self, checkpoint, entry, place, **settings):
