@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,9 @@ from ssmcompress.events import Emit, Finished, Note, Table, ignore, number
 NAME = "comparison.json"
 ALL = "all"  # the key of a bound for every measure
 
+LOST = "Compress less, or allow more with --max-drop."
+UNCLEAR = "Evaluate on more items, or on tasks that the reference can do."
+DAMAGED = "The model is damaged, or overflows in that dtype: evaluate it with --dtype float32."
 TASK_SETTINGS = {
     "version": "the task's version",
     "num_fewshot": "the number of examples in the prompt",
@@ -134,13 +138,15 @@ def compare(
         passed=not failures if bounds else None,
         failures=tuple(failures),
     )
+    _warn(names, found, emit)
     _tell(comparison, emit)
     if out is not None:
         with output(out, overwrite=overwrite) as folder:
             (folder / NAME).write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
         emit(Finished(str(out)))
     if failures:
-        raise GateError(" ".join(failures), hint="Compress less, or allow more with --max-drop.")
+        lost = any(row.gate == "fails" for candidate in candidates for row in candidate.measures)
+        raise GateError(" ".join(failures), hint=LOST if lost else UNCLEAR)
     return comparison
 
 
@@ -173,6 +179,9 @@ def aligned(a: Results, b: Results) -> tuple[list[Samples], list[Samples]]:
             f"{name} was measured in {has.folder} and not in {lacks.folder}.", hint="Evaluate both on the same tasks."
         )
     for name in a.samples:
+        for side in (a, b):
+            if not np.isfinite(side.samples[name].values).all():
+                raise InputError(f"{name}: {side.folder} holds scores that are NaN or infinite.", hint=DAMAGED)
         for what, one, other in _settings(name, a, b):
             if one != other:
                 raise InputError(
@@ -207,7 +216,7 @@ def _setting(results: Results, task: str, field: str) -> object:
 def _paired(a: Samples, b: Samples, where: str) -> tuple[Samples, Samples]:
     a, b = (each if a.items == b.items else _sorted(each) for each in (a, b))
     if a.items != b.items:
-        differing = sum(one != other for one, other in zip(a.items, b.items, strict=True))
+        differing = (Counter(a.items) - Counter(b.items)).total()
         raise InputError(
             f"{a.measure}: {where} were not measured on the same prompts: {differing} of {len(a.items)} items differ.",
             hint="Evaluate both on the same data, with the same --limit and number of examples.",
@@ -216,11 +225,6 @@ def _paired(a: Samples, b: Samples, where: str) -> tuple[Samples, Samples]:
         raise InputError(
             f"{a.measure}: {where} weigh the same items differently.", hint="Evaluate both in the same way."
         )
-    for each in (a, b):
-        if not np.isfinite(each.values).all():
-            raise InputError(
-                f"{each.measure}: {where} hold scores that are NaN or infinite.", hint="The model is damaged."
-            )
     return a, b
 
 
@@ -285,6 +289,18 @@ def _failures(candidate: Candidate, bounds: dict[str, float], strict: bool) -> l
         if named and not any(row.measurable for row in named):
             found.append(f"{candidate.label}: {key} is not measurable: the reference is at chance.")
     return found
+
+
+def _warn(names: Sequence[str], found: Sequence[Results], emit: Emit) -> None:
+    """Says what was computed in another way than the reference was."""
+    first, reference = names[0], found[0].summary
+    for name, summary in zip(names[1:], (each.summary for each in found[1:]), strict=True):
+        rest = "part of a difference may come from that."
+        if summary.dtype != reference.dtype:
+            told = f"{name} was evaluated in {summary.dtype}, {first} in {reference.dtype}: {rest}"
+            emit(Note(told, "warning"))
+        if summary.backend != reference.backend:
+            emit(Note(f"{name} was evaluated with other kernels than {first}: {rest}", "warning"))
 
 
 def _tell(found: Comparison, emit: Emit) -> None:

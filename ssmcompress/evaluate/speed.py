@@ -207,6 +207,14 @@ def tell(found: Speed, emit: Emit) -> None:
     emit(Note(f"Timed on {found.machine} ({found.device}, {threads}), {busy}."))
 
 
+def parsed(lengths: str) -> tuple[int, ...]:
+    """The lengths of `128,512`; InputError for what is none."""
+    try:
+        return tuple(int(length) for length in lengths.split(","))
+    except ValueError:
+        raise InputError(f"--lengths {lengths} holds no numbers.", hint="For example --lengths 128,512.") from None
+
+
 def rounds(
     work: Mapping[str, Callable[[], Any]],
     repetitions: int,

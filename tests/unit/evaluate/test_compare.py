@@ -183,6 +183,17 @@ def test_a_decision_never_contradicts_what_is_shown():
     assert decided == {True, False}
 
 
+def test_mcnemar_may_be_the_stricter_of_the_two():
+    a = np.ones(400)
+    a[300:] = 0
+    b = a.copy()
+    b[:6] = 0  # six lost and none won: p = 2 / 2**6
+    lone = differences([samples("t/acc", a)], [samples("t/acc", b)])[0]
+    assert lone.p == lone.p_holm == 0.03125 and lone.significant
+    beside = differences([samples("t/acc", a), samples("u/acc", a)], [samples("t/acc", b), samples("u/acc", a)])[0]
+    assert beside.p_holm == 0.0625 and beside.adjusted[1] < 0 and not beside.significant
+
+
 def test_the_seed_decides_every_digit():
     pair = evaluation(np.random.default_rng(9), 0.5, 0.05)
     assert differences(*pair, seed=4, resamples=199) == differences(*pair, seed=4, resamples=199)

@@ -1,6 +1,7 @@
 """The verb `compare` on evaluation folders: the table, the gate, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from ssmcompress.checkpoint.output import output, write
 from ssmcompress.checkpoint.source import load
 from ssmcompress.errors import GateError, InputError
 from ssmcompress.evaluate.comparison import Comparison
-from ssmcompress.events import Finished, Table
+from ssmcompress.events import Finished, Note, Table
 from ssmcompress.measure.text import documents
 from tests.unit.evaluate.folders import results
 
@@ -131,9 +132,29 @@ def test_undecided_fails_only_where_it_is_strict(dense, tmp_path):
     row = rows(found)[ARC]
     assert (row.verdict, row.gate, found.passed) == ("no difference shown", "undecided", True)
     assert -row.adjusted[0] > 0.01
-    with pytest.raises(GateError, match="arc_easy_local/acc may have lost more"):
+    with pytest.raises(GateError, match="arc_easy_local/acc may have lost more") as failed:
         ssmcompress.compare(dense, other, max_drop=["0.01"], strict=True)
+    assert "more items" in failed.value.hint
     assert ssmcompress.compare(dense, other, max_drop=["0.2"], strict=True).passed
+
+
+def test_a_loss_beyond_the_bound_that_may_be_chance_is_undecided(dense, tmp_path):
+    arc = FLIPPED.copy()
+    arc[np.flatnonzero(RIGHT == 1)[12:20]] = 0  # 20 lost, 12 won
+    row = rows(ssmcompress.compare(dense, folder(tmp_path / "other", arc=arc), max_drop=["0.01"]))[ARC]
+    assert row.change == pytest.approx(-0.02) and row.p > 0.05
+    assert (row.verdict, row.gate) == ("no difference shown", "undecided")
+
+
+def test_what_was_computed_otherwise_is_told(dense, tmp_path):
+    events = []
+    other = folder(tmp_path / "other", dtype="torch.bfloat16", backend={"conv": "torch"})
+    ssmcompress.compare(dense, other, folder(tmp_path / "same"), emit=events.append)
+    told = [event.text for event in events if isinstance(event, Note) and event.level == "warning"]
+    assert told == [
+        "other was evaluated in torch.bfloat16, dense in torch.float32: part of a difference may come from that.",
+        "other was evaluated with other kernels than dense: part of a difference may come from that.",
+    ]
 
 
 def test_what_the_reference_cannot_do_passes_no_gate(tmp_path):
@@ -175,13 +196,21 @@ def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
         ({"task": {"num_fewshot": 5}}, "the number of examples in the prompt: 0 and 5"),
         ({"task": {"version": "2"}}, "the task's version: 1 and 2"),
         ({"task": {"limit": 400}}, "--limit: None and 400"),
-        ({"text": BITS * np.nan}, "bits_per_byte: .* NaN"),
+        ({"text": BITS * np.nan}, "bits_per_byte: .*other holds scores that are NaN"),
     ],
 )
 def test_what_was_measured_otherwise_is_refused(dense, tmp_path, options, words):
     with pytest.raises(InputError, match=words):
         ssmcompress.compare(dense, folder(tmp_path / "other", **options), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_single_item_that_differs_is_counted(tmp_path):
+    made = [Path(results(tmp_path / name, {ARC: RIGHT})) for name in "ab"]
+    lines = (made[1] / "samples.jsonl").read_text()
+    (made[1] / "samples.jsonl").write_text(lines.replace('item-arc_easy_local/acc-7"', 'another"'))
+    with pytest.raises(InputError, match="1 of 400 items differ"):
+        ssmcompress.compare(*made)
 
 
 def test_other_windows_or_weights_are_refused(tmp_path):

@@ -9,7 +9,7 @@ from ssmcompress.checkpoint.source import load
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate import speed as module
 from ssmcompress.evaluate.peak import prefill
-from ssmcompress.evaluate.speed import Ratio, Speed, Spread, flops, read, rounds, speed, tell
+from ssmcompress.evaluate.speed import Ratio, Speed, Spread, flops, parsed, read, rounds, speed, tell
 from ssmcompress.events import Advance, Note, Phase, Table
 from tests.unit.arch.models import CONFIGS, stock
 from tests.unit.checkpoint import folders
@@ -133,6 +133,12 @@ def test_the_table_has_a_column_for_each_model_and_one_for_the_ratio(checkpoint,
 def test_sizes_below_one_are_refused(checkpoint, options, words):
     with pytest.raises(InputError, match=words):
         speed(checkpoint, **options)
+
+
+def test_lengths_are_numbers_with_commas():
+    assert parsed("128,512") == (128, 512) and parsed("64") == (64,)
+    with pytest.raises(InputError, match="holds no numbers"):
+        parsed("128;512")
 
 
 def test_a_damaged_file_is_refused_and_none_is_none(tmp_path):
