@@ -135,6 +135,30 @@ def test_the_figures_are_those_of_plain_lm_eval(checkpoints, tmp_path, name, bat
     assert len(accuracies) == 7 and all(found[key] == expected[key] for key in accuracies)
 
 
+def test_examples_in_the_prompt_are_those_of_plain_lm_eval(checkpoints, tmp_path):
+    checkpoint = checkpoints["mamba2"]
+    entry = Entry(task="arc_easy_local", limit=5, num_fewshot=2)
+    scored = Harness([entry.task]).run(checkpoint, entry, tmp_path / "out", batch_size=4, seed=0, emit=ignore)
+    found = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(checkpoint.source.folder), "dtype": "float32"},
+        tasks=[entry.task],
+        task_manager=TaskManager(include_path=str(shipped(TASKS)), include_defaults=False),
+        num_fewshot=2,
+        limit=5,
+        device="cpu",
+        batch_size=4,
+        bootstrap_iters=0,
+    )
+    expected = [sample["prompt_hash"] for sample in found["samples"][entry.task]]
+    (path,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["prompt_hash"] for row in rows] == expected
+    assert all(row["arguments"]["gen_args_0"]["arg_0"].count("Question:") == 3 for row in rows)
+    for score in scored.scores:
+        assert score.value == found["results"][entry.task][f"{score.metric},none"] and score.num_fewshot == 2
+
+
 def test_the_items_of_a_measure_give_its_figure(checkpoints, tmp_path):
     tasks = Harness(["lambada_openai_local", "wikitext_local", "arc_easy_local"])
     run = {"batch_size": 4, "seed": 0, "emit": ignore}
