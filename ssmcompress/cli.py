@@ -316,7 +316,7 @@ def eval(
 ) -> None:
     """Measure a checkpoint as it lies on disk."""
     perplexity = perplexity or (None if recall or tasks or suite else SHIPPED)
-    _call("evaluate", **locals() | {"tasks": [name for name in (tasks or "").split(",") if name]})
+    _call("evaluate", **locals() | {"tasks": tuple(name for name in (tasks or "").split(",") if name)})
 
 
 @app.command(epilog="Example: ssmcompress compare results/dense results/wanda50 --max-drop 0.01")

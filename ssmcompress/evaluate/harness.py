@@ -2,57 +2,35 @@
 
 import difflib
 import hashlib
-import io
 import json
-import logging
 import math
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from lm_eval import simple_evaluate
 from lm_eval.api.model import CacheHook
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.loggers.utils import get_commit_from_path
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ssmcompress.checkpoint.source import Checkpoint
-from ssmcompress.errors import InputError, ResourceError, SsmcompressError, UnsupportedError
-from ssmcompress.evaluate.results import Item, TaskScore
+from ssmcompress.errors import InputError, ResourceError, SsmcompressError
+from ssmcompress.evaluate.hush import quiet
+from ssmcompress.evaluate.scores import Scored, scored
 from ssmcompress.evaluate.suites import TASKS, Entry, shipped
-from ssmcompress.events import Advance, Emit, Note, Phase
+from ssmcompress.events import Advance, Emit, Phase
 
 CODE = (".yaml", ".yml", ".py")
 BOOTSTRAP = 1000  # resamples of lm-eval's own standard errors, where a metric has no closed form
-USUAL = (  # warnings of lm-eval's about what this module does on purpose
-    "`pretrained` model kwarg",
-    "Passed an already-initialized model",
-    "Custom kwargs can be passed",
-    "but aggregation is not",
-    "but higher_is_better is not",
-    "Overwriting default num_fewshot",
-    "num_fewshot > 0 but fewshot_split",
-    "using test_docs as fewshot_docs",
-    "overrides existing task",
-)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a task gave: its figures, and what they are the mean of, item by item."""
-
-    scores: tuple[TaskScore, ...]
-    items: tuple[Item, ...]
 
 
 class Harness:
@@ -107,8 +85,7 @@ class Harness:
         """
         shutil.rmtree(place, ignore_errors=True)
         tracker = EvaluationTracker(output_path=str(place))
-        # without a pool of processes, which a fork of a process with threads may never leave
-        with _readable(entry.task), quiet(emit) as (told, said), patch.dict("os.environ", DISABLE_MULTIPROC="1"):
+        with _readable(entry.task), quiet(emit) as (told, said), _tame():
             try:
                 found = simple_evaluate(
                     model=Model(checkpoint, entry.task, batch_size, told),
@@ -125,16 +102,16 @@ class Harness:
                 )
             except OverflowError as error:
                 raise no_number(checkpoint.source.name, entry.task) from error
-            scored = _scored(found, entry)
+            result = scored(found, entry)
             samples = found.pop("samples")
             tracker.save_results_aggregated(results=found, samples=samples)
             for name in samples:
                 tracker.save_results_samples(task_name=name, samples=samples[name])
         _require_files(place, {name: len(rows) for name, rows in samples.items()}, said)
-        for score in scored.scores:
+        for score in result.scores:
             if not math.isfinite(score.value):
                 raise no_number(checkpoint.source.name, entry.task)
-        return scored
+        return result
 
 
 class Model(HFLM):
@@ -201,51 +178,12 @@ class _Numbers(LogitsProcessor):
         return scores
 
 
-class _Sink(io.StringIO):
-    """Takes what lm-eval prints; rich still finds the stream behind it for the bar of ours."""
-
-    def __init__(self, behind: Any) -> None:
-        super().__init__()
-        self.rich_proxied_file = getattr(behind, "rich_proxied_file", behind)
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-
-class _Warnings(logging.Handler):
-    """Passes each warning of lm-eval's on once, and remembers all it said."""
-
-    def __init__(self, emit: Emit) -> None:
-        super().__init__()
-        self.said: list[str] = []
-        self._emit = emit
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if record.levelno >= logging.WARNING and text not in self.said and not any(usual in text for usual in USUAL):
-            self._emit(Note(f"lm-eval: {' '.join(text.split())}", "warning"))
-        self.said.append(text)
-
-
 @contextmanager
-def quiet(emit: Emit) -> Iterator[tuple[Emit, list[str]]]:
-    """Silences lm-eval's bars, prints and loggers; yields an emit that is heard all the same, and what was logged."""
-    out, err = sys.stdout, sys.stderr
-
-    def told(event: Any) -> None:
-        with redirect_stdout(out), redirect_stderr(err):
-            emit(event)
-
-    logger = logging.getLogger("lm_eval")
-    handler, level, handlers, propagate = _Warnings(told), logger.level, logger.handlers, logger.propagate
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-    try:
-        with redirect_stdout(_Sink(out)), redirect_stderr(_Sink(err)):
-            yield told, handler.said
-    finally:
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
+def _tame() -> Iterator[None]:
+    """No pool of processes for the bootstrap: a fork beside threads may hang; no git that complains on the terminal."""
+    commit = patch("lm_eval.evaluator.get_git_commit_hash", lambda: get_commit_from_path(Path.cwd()))
+    with patch.dict("os.environ", DISABLE_MULTIPROC="1"), commit:
+        yield
 
 
 def versions() -> dict[str, str]:
@@ -278,21 +216,17 @@ def _readable(task: str) -> Iterator[None]:
         yield
     except (SsmcompressError, MemoryError, torch.OutOfMemoryError):
         raise
-    except DatasetNotFoundError as error:
-        raise InputError(
-            f"The data of the task {task} is not on the hub, or may not be read.",
-            hint="A private or gated data set needs `hf auth login`.",
-        ) from error
     except (ConnectionError, HfHubHTTPError, OfflineModeIsEnabled) as error:
         raise _offline(task) from error
     except ModuleNotFoundError as error:
         raise ResourceError(
             f"The task {task} needs the package {error.name}.", hint=f"Install it: pip install {error.name}."
         ) from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise _offline(task) from error
+    except FileNotFoundError as error:  # what datasets raises for an unknown or gated one, among others
+        raise InputError(
+            f"The data of the task {task} is not there: {' '.join(str(error).split())}",
+            hint="Check the paths in its YAML file; a private or gated data set needs `hf auth login`.",
+        ) from error
 
 
 def _offline(task: str) -> InputError:
@@ -318,100 +252,3 @@ def _require_files(place: Path, expected: dict[str, int], said: list[str]) -> No
             f"lm-eval could not write its results into {place}: {why}.",
             hint="Make room, or choose another folder with --out.",
         ) from error
-
-
-def _scored(found: Any, entry: Entry) -> Scored:
-    scores: list[TaskScore] = []
-    items: list[Item] = []
-    for task, samples in found["samples"].items():
-        for metric, filter_name in _metrics(found["results"][task]):
-            rows = [row for row in samples if row["filter"] == filter_name]
-            score = _score(found, entry, task, metric, filter_name, rows)
-            scores.append(score)
-            items += _items(score, rows)
-    if not scores:
-        raise UnsupportedError(f"The task {entry.task} gives no score.", hint="Choose a task that has a metric.")
-    return Scored(tuple(scores), tuple(items))
-
-
-def _metrics(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """The metrics of a task and their filters, as `metric,filter` names them."""
-    split = [key.rsplit(",", 1) for key, value in results.items() if "," in key and isinstance(value, int | float)]
-    return [(metric, name) for metric, name in split if not metric.endswith("_stderr")]
-
-
-def _score(found: Any, entry: Entry, task: str, metric: str, filter_name: str, rows: list[Any]) -> TaskScore:
-    results = found["results"][task]
-    error = results.get(f"{metric}_stderr,{filter_name}")
-    error = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
-    value = float(results[f"{metric},{filter_name}"])
-    chance = _chance(found["configs"][task], metric, rows)
-    hashes = "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows)
-    return TaskScore(
-        task=task,
-        metric=metric,
-        filter=filter_name,
-        value=value,
-        standard_error=error,
-        higher_is_better=bool(found["higher_is_better"][task].get(metric, True)),
-        samples=len(rows),
-        samples_sha256=hashlib.sha256(hashes.encode()).hexdigest(),
-        version=str(found["versions"].get(task)),
-        num_fewshot=int(found["n-shot"].get(task) or 0),
-        limit=entry.limit,
-        chance=chance,
-        measurable=_measurable(value, error, chance, len(rows)),
-    )
-
-
-def _chance(config: dict[str, Any], metric: str, rows: list[Any]) -> float | None:
-    """The mean accuracy of guessing, where a task is multiple choice."""
-    if config.get("output_type") != "multiple_choice" or not metric.startswith("acc"):
-        return None
-    if not rows or "acc_mutual_info" in rows[0]["metrics"]:  # each option is asked for twice there
-        return None
-    return sum(1 / len(row["arguments"]) for row in rows) / len(rows)
-
-
-def _measurable(value: float, error: float | None, chance: float | None, samples: int) -> bool:
-    """Whether a level is four standard errors above chance; the error is at least that of `measure.recall`."""
-    if chance is None:
-        return True
-    return error is not None and value >= chance + 4 * max(error, 0.0625 / math.sqrt(samples))
-
-
-def _items(score: TaskScore, rows: list[Any]) -> list[Item]:
-    """The items of a metric, in the first way whose figure is the one that lm-eval gave; none where no way gives it."""
-    values = [row[score.metric] for row in rows]
-    for kind, taken, figure in WAYS:
-        try:
-            pairs = [taken(value) for value in values]
-            total, weight = (math.fsum(column) for column in zip(*pairs, strict=True))
-            if not math.isclose(figure(total / weight), score.value, rel_tol=1e-9, abs_tol=1e-12):
-                continue
-        except (TypeError, ValueError, OverflowError, ZeroDivisionError):
-            continue
-        measure = f"{score.task}/{score.metric}" + ("" if score.filter == "none" else f",{score.filter}")
-        return [
-            Item(measure=measure, kind=kind, item=_identity(row), value=value, weight=weight)
-            for row, (value, weight) in zip(rows, pairs, strict=True)
-        ]
-    return []
-
-
-def _identity(row: Any) -> str:
-    return hashlib.sha256((row["doc_hash"] + row["prompt_hash"] + row["target_hash"]).encode()).hexdigest()
-
-
-def _weighted(value: Any) -> tuple[float, float]:
-    likelihood, weight = value
-    return -float(likelihood), float(weight)
-
-
-# how an item of lm-eval's becomes (value, weight), and its figure the ratio of their sums
-WAYS: tuple[tuple[Any, Callable[[Any], tuple[float, float]], Callable[[float], float]], ...] = (
-    ("accuracy", lambda value: (float(value), 1.0), lambda mean: mean),
-    ("log_likelihood", lambda value: (-float(value), 1.0), math.exp),
-    ("log_likelihood", _weighted, math.exp),
-    ("log_likelihood", lambda value: (_weighted(value)[0] / math.log(2), _weighted(value)[1]), lambda mean: mean),
-)
