@@ -22,7 +22,7 @@ from ssmcompress.assess import COMPRESSED, DENSE
 from ssmcompress.checkpoint import manifest
 from ssmcompress.evaluate.compare import Samples, differences
 from ssmcompress.evaluate.comparison import Row
-from ssmcompress.evaluate.results import Results, read
+from ssmcompress.evaluate.results import read
 from ssmcompress.events import Note, Table, Terminal, number
 
 BASELINES = Path(__file__).parent / "baselines"

@@ -99,7 +99,7 @@ def linear_inputs(model: nn.Module, length: int) -> dict[str, Tensor]:
 
 def our_wanda(arch: Arch, model: nn.Module, windows: Tensor) -> None:
     """Half of each row of every projection, dt_proj among them, as `ssmcompress prune` does it."""
-    find_edits(model, arch, Prune(), windows)
+    find_edits(model, arch, Prune(scope="row"), windows)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from ssmcompress.checkpoint.manifest import describe, versions
 from ssmcompress.checkpoint.output import output
 from ssmcompress.checkpoint.source import Checkpoint, load, resolve
 from ssmcompress.errors import BackendError, InputError
+from ssmcompress.evaluate import speed as timing
 from ssmcompress.evaluate import suites
 from ssmcompress.evaluate.finished import Measures
 from ssmcompress.evaluate.results import Item, Summary, TaskScore, recall_items
@@ -63,6 +64,9 @@ def evaluate(
     suite: str | None = None,
     include_path: str | Path | None = None,
     num_fewshot: int | None = None,
+    speed: bool = False,
+    against: str | None = None,
+    lengths: str = "128,512",
     length: int = 512,
     limit: int | None = None,
     out: str | Path | None = None,
@@ -77,10 +81,12 @@ def evaluate(
     """Measures a checkpoint as it lies on disk; with `out`, summary.json and the scores of every item are kept.
 
     Tasks are lm-eval's, one after another; asked for again, an interrupted run goes on after the last finished one.
+    Speed is measured last and told in speed.json; `against` is a second model, timed in turns with this one.
     Raises InputError for a model without a tokenizer or that gives NaN, a text or task that cannot be read, or an
     output that exists.
     """
     require_seed(seed)
+    timing.parsed(lengths)
     chosen = suites.read(suite) if suite else suites.Suite()
     entries = chosen.with_tasks(tasks).entries(limit, num_fewshot)
     perplexity = perplexity or chosen.perplexity
@@ -113,6 +119,8 @@ def evaluate(
                 **(harness.record(seed) if harness else {}),
             )
             summary.write(folder, likelihood, recall_items(memory) + items)
+            if speed or against:
+                _speed(checkpoint, against, asked, lengths, folder, emit)
     if out is not None:
         emit(Finished(str(out)))
     return summary
@@ -179,6 +187,15 @@ def _tasks(
     if scores:
         tell_tasks(scores, emit)
     return tuple(scores), items
+
+
+def _speed(checkpoint: Checkpoint, against: str | None, asked: Asked, lengths: str, folder: Path, emit: Emit) -> None:
+    model = checkpoint.model
+    how: dict[str, Any] = {"device": model.device, "backend": next(mixers(model)).backend.name}
+    other = load(against, dtype=model.dtype, **how) if against else None
+    found = timing.speed(checkpoint, lengths=timing.parsed(lengths), against=other, seed=asked.seed, emit=emit)
+    timing.tell(found, emit)
+    found.write(folder)
 
 
 def _require_numbers(checkpoint: Checkpoint, what: str, values: Sequence[float]) -> None:

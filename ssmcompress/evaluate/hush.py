@@ -61,6 +61,9 @@ def quiet(emit: Emit) -> Iterator[tuple[Emit, list[str]]]:
     handler, level, handlers, propagate = _Warnings(told), logger.level, logger.handlers, logger.propagate
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+    for name, each in logging.root.manager.loggerDict.items():
+        if name.partition(".")[0] == logger.name and isinstance(each, logging.Logger):
+            each.disabled = False  # as any library's logging.config leaves it
     try:
         with redirect_stdout(_Sink(out)), redirect_stderr(_Sink(err)):
             yield told, handler.said

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 import ssmcompress
-from ssmcompress import cli
+from ssmcompress import cli, options
 from ssmcompress.errors import BackendError, GateError, InputError, UnsupportedError
 from ssmcompress.events import Note, Table
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
@@ -178,8 +178,8 @@ def test_perplexity_is_the_default_measure_and_its_text_optional(calls, line, pe
 
 def test_choices_are_those_of_the_recipe():
     step = get_args(Recipe.model_fields["steps"].annotation)[0]
-    assert set(get_args(cli.Method)) == set(get_args(step.model_fields["method"].annotation))
-    assert set(get_args(cli.Backend)) == set(get_args(Recipe.model_fields["backend"].annotation))
+    assert set(get_args(options.Method)) == set(get_args(step.model_fields["method"].annotation))
+    assert set(get_args(options.Backend)) == set(get_args(Recipe.model_fields["backend"].annotation))
 
 
 @pytest.mark.parametrize(("error", "code"), [(InputError, 2), (UnsupportedError, 3), (BackendError, 4), (GateError, 5)])

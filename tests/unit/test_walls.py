@@ -21,7 +21,7 @@ ONLY = {
     "lm_eval": ("evaluate/harness.py",),
     "peft": ("tune/",),
     "datasets": ("calib/data.py", "tune/fit.py"),
-    "typer": ("cli.py",),
+    "typer": ("cli.py", "options.py"),
     "matplotlib": ("report/",),
     "plotly": ("report/",),
     "jinja2": ("report/",),

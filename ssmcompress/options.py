@@ -1,0 +1,154 @@
+"""The options of the command line that verbs share, and what is said of them in `--help`."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Backend = Literal["auto", "native", "torch", "cuda", "reference"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Method = Literal["wanda", "magnitude", "sparsegpt"]
+
+WHAT, TEXT, MEASURE, GATE, OUTPUT, COMPUTE = (
+    "What to prune",
+    "Calibration",
+    "Measuring",
+    "Gate",
+    "Output",
+    "Computing",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="ref:NAME, a hub id with optional @revision, or a folder.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=OUTPUT)]
+Json = Annotated[bool, typer.Option("--json", help="Print events as JSON lines.", rich_help_panel=OUTPUT)]
+Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.", rich_help_panel=COMPUTE)]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.", rich_help_panel=COMPUTE)]
+ComputeDtype = Annotated[
+    Dtype, typer.Option("--dtype", help="Of the computation; auto: float32 on a CPU.", rich_help_panel=COMPUTE)
+]
+Kernels = Annotated[
+    Backend, typer.Option("--backend", help="Kernels; auto: the fastest there is.", rich_help_panel=COMPUTE)
+]
+PruneMethod = Annotated[Method, typer.Option("--method", help="How weights are scored.", rich_help_panel=WHAT)]
+Sparsity = Annotated[
+    float | None,
+    typer.Option("--sparsity", help="Share of weights set to zero.", show_default="0.5", rich_help_panel=WHAT),
+]
+Pattern = Annotated[
+    str | None,
+    typer.Option("--pattern", metavar="N:M", help="Keep N of every M inputs instead (2:4).", rich_help_panel=WHAT),
+]
+Scope = Annotated[
+    Literal["row", "tensor"] | None,
+    typer.Option("--scope", help="Where scores compete; row is the form of the WANDA paper.", rich_help_panel=WHAT),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", metavar="MODULE", help="Only this module (repeatable).", rich_help_panel=WHAT),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="MODULE", help="Not this module (repeatable).", rich_help_panel=WHAT),
+]
+Calib = Annotated[
+    str | None,
+    typer.Option("--calib", help="Text, JSON lines or a data set id; else the shipped text.", rich_help_panel=TEXT),
+]
+CalibSplit = Annotated[str | None, typer.Option("--calib-split", help="Of the data set.", rich_help_panel=TEXT)]
+CalibColumn = Annotated[str | None, typer.Option("--calib-column", help="That holds the text.", rich_help_panel=TEXT)]
+CalibMix = Annotated[
+    Literal["recall"] | None,
+    typer.Option("--calib-mix", help="Mix in memory exercises.", rich_help_panel=TEXT),
+]
+NoEval = Annotated[bool, typer.Option("--no-eval", help="Skip the figures before and after.", rich_help_panel=OUTPUT)]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe (sparsity=0.6).")
+]
+Windows = Annotated[int, typer.Option("--windows", min=1, help="Number of token windows.", rich_help_panel=TEXT)]
+Length = Annotated[int, typer.Option("--length", min=1, help="Tokens a window.", rich_help_panel=TEXT)]
+
+
+PerplexityText = Annotated[
+    str | None,
+    typer.Option(
+        "--perplexity",
+        metavar="[TEXT]",
+        help="Bits per byte and perplexity on a text or JSON lines file; alone: on the shipped text. "
+        "The default where no other measure is asked for.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Recall = Annotated[bool, typer.Option("--recall", help="Copying and key-value recall.", rich_help_panel=MEASURE)]
+Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", metavar="A,B", help="lm-eval tasks, shipped or of the hub.", rich_help_panel=MEASURE),
+]
+SuiteName = Annotated[
+    str | None,
+    typer.Option("--suite", metavar="NAME", help="smoke, standard or a YAML file.", rich_help_panel=MEASURE),
+]
+IncludePath = Annotated[
+    Path | None,
+    typer.Option("--include-path", metavar="DIR", help="Folder of more task YAMLs.", rich_help_panel=MEASURE),
+]
+Fewshot = Annotated[
+    int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt.", rich_help_panel=MEASURE)
+]
+SpeedToo = Annotated[
+    bool, typer.Option("--speed", help="Prefill, first token, decoding, memory, FLOPs.", rich_help_panel=MEASURE)
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against", metavar="MODEL", help="Time another model in turns with this one.", rich_help_panel=MEASURE
+    ),
+]
+Lengths = Annotated[
+    str, typer.Option("--lengths", metavar="N,N", help="Prompts for --speed, in tokens.", rich_help_panel=MEASURE)
+]
+WindowLength = Annotated[int, typer.Option("--length", min=2, help="Tokens a window.", rich_help_panel=MEASURE)]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, help="Only the first so many documents or items.", rich_help_panel=MEASURE),
+]
+ResultsOut = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder for the results; an interrupted run goes on in it.", rich_help_panel=OUTPUT),
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Windows or prompts at a time.", rich_help_panel=COMPUTE)
+]
+
+
+def _pruning_options(
+    *,
+    method: PruneMethod = "wanda",
+    sparsity: Sparsity = None,
+    pattern: Pattern = None,
+    scope: Scope = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    calib: Calib = None,
+    calib_split: CalibSplit = None,
+    calib_column: CalibColumn = None,
+    calib_mix: CalibMix = None,
+    windows: Windows = 64,
+    length: Length = 512,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: ComputeDtype = "auto",
+    backend: Kernels = "auto",
+) -> None:
+    """What `prune` and `plan` have in common."""
+
+
+def with_pruning_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Puts the common options between a verb's own parameters and its `**options`."""
+    own = [each for each in inspect.signature(verb).parameters.values() if each.kind != each.VAR_KEYWORD]
+    verb.__signature__ = inspect.Signature([*own, *inspect.signature(_pruning_options).parameters.values()])  # type: ignore[attr-defined]
+    return verb

@@ -1,0 +1,53 @@
+"""Finished layers: there whole or not at all, and all that stays of a run that failed."""
+
+import pytest
+import torch
+
+from ssmcompress.edits import Mask
+from ssmcompress.journal import Journal
+
+
+def mask(name="w"):
+    return Mask(name, torch.tensor([True, False, True]))
+
+
+def test_a_step_is_a_mapping_of_its_own(tmp_path):
+    journal = Journal(tmp_path, "events.jsonl")
+    first, second = journal.step(0), journal.step(1)
+    first[0], first[3] = [mask("a")], [mask("b"), mask("c")]
+    assert (list(first), len(first), list(second), 3 in first, 1 in first) == ([0, 3], 2, [], True, False)
+    assert [edit.tensor for edit in first[3]] == ["b", "c"] and torch.equal(first[0][0].keep, mask().keep)
+    again = Journal(tmp_path, "events.jsonl").step(0)
+    assert list(again) == [0, 3]
+    del again[0]
+    assert list(first) == [3]
+    with pytest.raises(KeyError):
+        first[0]
+
+
+def test_half_a_layer_is_none(tmp_path):
+    journal = Journal(tmp_path, "events.jsonl")
+    journal.step(0)[0] = [mask()]
+    (journal.folder / "step-0-layer-0001.part").write_bytes(b"half")
+    assert list(journal.step(0)) == [0]
+
+
+def test_a_whole_run_leaves_nothing_of_it(tmp_path):
+    with Journal(tmp_path, "events.jsonl").kept():
+        (tmp_path / "model.safetensors").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_failed_run_leaves_the_journal_alone(tmp_path, begun):
+    journal = Journal(tmp_path, "events.jsonl")
+    (tmp_path / ".recipe").touch()
+    with pytest.raises(ZeroDivisionError), journal.kept():
+        if begun:
+            journal.step(0)[0] = [mask()]
+        for name in ("model.safetensors", "events.jsonl", "config.json"):
+            (tmp_path / name).touch()
+        raise ZeroDivisionError
+    assert {path.name for path in tmp_path.iterdir()} == {".recipe"} | (
+        {".journal", "events.jsonl"} if begun else set()
+    )
