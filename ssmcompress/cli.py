@@ -256,6 +256,20 @@ def compare(
     _call("compare", *results, max_drop=max_drop, strict=strict, out=out, overwrite=overwrite, json=json, seed=seed)
 
 
+@app.command(epilog="Example: ssmcompress report out/wanda50 results/dense --out report.html")
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDERS", help="Outputs of prune or run, and of eval, in any mix.")
+    ],
+    *,
+    out: Annotated[Path, typer.Option("--out", help="Page to write.", rich_help_panel=OUTPUT)] = Path("report.html"),
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write one HTML page that shows what was done and what it cost."""
+    _call("report", *folders, out=out, overwrite=overwrite, json=json)
+
+
 @app.command(epilog='Example: ssmcompress generate out/wanda50 --against ref:mamba --prompt "Once upon a time"')
 def generate(
     model: Model,
