@@ -1,6 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# threads that spin while they wait halve the speed of a busy machine
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup demo test check bench regress rebase report clean
 
