@@ -21,6 +21,7 @@ FUNCTIONS = {
     "models": "ssmcompress.models",
     "plan": "ssmcompress.plan",
     "prune": "ssmcompress.run",
+    "report": "ssmcompress.report",
     "run": "ssmcompress.run",
 }
 

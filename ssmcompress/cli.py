@@ -256,6 +256,20 @@ def compare(
     _call("compare", *results, max_drop=max_drop, strict=strict, out=out, overwrite=overwrite, json=json, seed=seed)
 
 
+@app.command(epilog="Example: ssmcompress report out/wanda50 results/dense results/wanda50 --out report.html")
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR", help="Folders that prune, run or eval --out wrote, in any order.")
+    ],
+    *,
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.", rich_help_panel=OUTPUT)],
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Put what was done, and what it cost, on one HTML page that needs no network."""
+    _call("report", *folders, out=out, overwrite=overwrite, json=json)
+
+
 @app.command(epilog='Example: ssmcompress generate out/wanda50 --against ref:mamba --prompt "Once upon a time"')
 def generate(
     model: Model,
