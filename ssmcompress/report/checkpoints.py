@@ -96,12 +96,18 @@ class Checkpoint:
 
     label: str
     weights: frozenset[str]
+    folder: Path | None = None
     made: Made | None = None
     looks: tuple[Look, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     params: int | None = None
     weight_bytes: int | None = None
     source: "Checkpoint | None" = field(default=None, compare=False)
+
+    @property
+    def family(self) -> frozenset[str]:
+        """The weights of the dense model that this one and its siblings were made from."""
+        return self.source.weights if self.source else self.weights
 
     @property
     def nonzero(self) -> int | None:
@@ -121,13 +127,12 @@ def read(folders: Sequence[str | Path]) -> list[Checkpoint]:
     for folder in map(Path, folders):
         _sort(folder, models, evaluations)
     made = [_compressed(folder, each) for folder, each in models.items()]
-    made = [replace(each, label=label) for each, label in zip(made, _labels(list(models)), strict=True)]
     known = {each.weights: each for each in made}
     for found in evaluations.values():
         weights = frozenset(found.summary.model_sha256.values())
         each = known.get(weights) or _unmade(found, weights)
         known[weights] = replace(each, evaluations=(*each.evaluations, found))
-    return _with_sources(known)
+    return _named(_with_sources(known))
 
 
 def _sort(folder: Path, models: dict[Path, Made], evaluations: dict[Path, Evaluation]) -> None:
@@ -179,13 +184,15 @@ def _compressed(folder: Path, made: Made) -> Checkpoint:
     sizes = {name: weights.shape(name).numel() for name in weights}
     stored = sum(size * weights.dtype(name).itemsize for name, size in sizes.items())
     looks = (made.looks.after,) if made.looks else ()
-    return Checkpoint(folder.name, frozenset(files), made, looks, (), sum(sizes.values()), stored)
+    size = sum(sizes.values())
+    return Checkpoint(folder.name, frozenset(files), folder, made, looks, params=size, weight_bytes=stored)
 
 
 def _unmade(found: Evaluation, weights: frozenset[str]) -> Checkpoint:
     """A checkpoint of which only an evaluation is known."""
     told = found.summary
-    return Checkpoint(told.label or told.model, weights, params=told.params, weight_bytes=told.weight_bytes)
+    name, folder = told.label or told.model, found.results.folder
+    return Checkpoint(name, weights, folder, params=told.params, weight_bytes=told.weight_bytes)
 
 
 def _with_sources(known: dict[frozenset[str], Checkpoint]) -> list[Checkpoint]:
@@ -229,13 +236,21 @@ def _distinct(looks: Iterable[Look]) -> tuple[Look, ...]:
     return tuple({look.identity: look for look in looks}.values())
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """The names of folders, with as many of their parents as tell them apart."""
-    for depth in range(1, 5):
-        names = ["/".join(folder.parts[-depth:]) for folder in folders]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
+def _named(ordered: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The same with names that differ within a family: by as many parent folders as that takes."""
+    found: list[Checkpoint] = []
+    for each in ordered:
+        rivals = [other for other in ordered if other.family == each.family and other is not each]
+        name, depth = each.label, 1
+        while depth < 8 and each.folder and any(_named_by(other, depth, each.label) == name for other in rivals):
+            depth += 1
+            name = _named_by(each, depth, each.label)
+        found.append(replace(each, label=name))
+    return found
+
+
+def _named_by(each: Checkpoint, depth: int, rival: str) -> str:
+    return "/".join(each.folder.parts[-depth:]) if each.folder and depth > 1 and each.label == rival else each.label
 
 
 def _text(path: Path) -> str | None:

@@ -60,6 +60,8 @@ class Family:
     grids: tuple[Drawing, ...]
     coverage: Table | None
     stories: tuple[Story, ...]
+    environment: Table
+    hashes: Table
     masked: bool
 
 
@@ -95,8 +97,6 @@ def render(checkpoints: Sequence[Checkpoint], emit: Emit = ignore) -> str:
         names=[family.name for family in families],
         style=Markup(_resource("page.css") + _resource("figures.css")),
         families=families,
-        environment=tables.environment(members),
-        hashes=tables.hashes(members),
         masks=MASKS,
         version=ssmcompress.__version__,
     )
@@ -105,9 +105,8 @@ def render(checkpoints: Sequence[Checkpoint], emit: Emit = ignore) -> str:
 def _members(checkpoints: Sequence[Checkpoint], emit: Emit) -> Iterable[Member]:
     marks: dict[frozenset[str], int] = {}
     for each in checkpoints:
-        root = each.source.weights if each.source else each.weights
-        number = marks.get(root, 0 if _dense(each) else 1)
-        marks[root] = number + 1
+        number = marks.get(each.family, 0 if _dense(each) else 1)
+        marks[each.family] = number + 1
         yield Member(each, number, figures_of(each))
         emit(Advance())
 
@@ -119,8 +118,7 @@ def _dense(each: Checkpoint) -> bool:
 def _families(members: Sequence[Member]) -> list[list[Member]]:
     groups: dict[frozenset[str], list[Member]] = {}
     for member in members:
-        source = member.checkpoint.source
-        groups.setdefault(source.weights if source else member.checkpoint.weights, []).append(member)
+        groups.setdefault(member.checkpoint.family, []).append(member)
     return list(groups.values())
 
 
@@ -139,6 +137,8 @@ def _family(members: Sequence[Member]) -> Family:
         grids=tuple(_grids(members)),
         coverage=tables.covered(members),
         stories=tuple(_story(each) for each in members if each.checkpoint.made),
+        environment=tables.environment(members),
+        hashes=tables.hashes(members),
         masked=any(each.checkpoint.nonzero is not None for each in members),
     )
 

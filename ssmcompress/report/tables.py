@@ -9,15 +9,14 @@ from ssmcompress.report.checkpoints import Checkpoint
 from ssmcompress.report.measures import Figure, Figures, Measure
 
 GROUPS = {"likelihood": "Likelihood", "memory": "Memory", "tasks": "Tasks"}
-HASH = 12  # digits of a hash where the whole of it stands elsewhere on the page
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table: its words, a second line, and how it is set (number, words, code, muted)."""
+    """What stands in a table: its words, smaller lines below, and how it is set (number, words, code, muted)."""
 
     text: str
-    note: str = ""
+    notes: tuple[str, ...] = ()
     kind: str = "number"
 
 
@@ -60,7 +59,7 @@ def glance(members: Sequence[Member], text: Measure | None, probes: Sequence[Mea
     rows = []
     for member in members:
         figure = member.figures.get(text) if text else None
-        row = [Cell(member.label, member.done, "words"), _left(member), _stored(member), _figure(figure)]
+        row = [Cell(member.label, (member.done,), "words"), _left(member), _stored(member), _figure(figure)]
         if len(members) > 1:
             row.append(_change(figure))
         rows.append((*row, *(_figure(member.figures.get(probe)) for probe in probes), _decoding(member)))
@@ -76,7 +75,7 @@ def measures(members: Sequence[Member]) -> Table | None:
         rows += [(Cell(title, kind="words"),)] * bool(found)
         for measure in found:
             cells = [_whole(member.figures.get(measure)) for member in members]
-            rows.append((Cell(measure.name, measure.about, "words"), *cells))
+            rows.append((Cell(measure.name, (measure.about,), "words"), *cells))
     return Table("", ("measure", *(member.label for member in members)), tuple(rows)) if rows else None
 
 
@@ -89,11 +88,11 @@ def speed(members: Sequence[Member]) -> Table | None:
             reading = "; ".join(f"{part.length}: {_median(part.tokens_per_s)}" for part in own.prefill)
             first = "; ".join(f"{part.length}: {_median(part.time_to_first_token_s, 1e3)}" for part in own.prefill)
             busy = f"{each.threads} threads, load {each.load[0]:.1f} before, {each.load[1]:.1f} after"
-            memory = Cell(words.size(own.peak_memory_bytes), f"{words.size(own.memory_before_bytes)} before work")
+            memory = Cell(words.size(own.peak_memory_bytes), (f"{words.size(own.memory_before_bytes)} before work",))
             ratios = "; ".join(_ratio(ratio) for ratio in each.ratios)
-            against = Cell(ratios, f"against {each.against.model}", "words") if each.against else MUTED
+            against = Cell(ratios, (f"against {each.against.model}",), "words") if each.against else MUTED
             figures = (Cell(reading), Cell(first), Cell(_median(own.decode_tokens_per_s)))
-            rows.append((Cell(member.label, f"{each.machine}, {busy}", "words"), *figures, memory, against))
+            rows.append((Cell(member.label, (each.machine, busy), "words"), *figures, memory, against))
     columns = ("model", "prompt, tokens/s", "first token, ms", "decoding, tokens/s", "most memory", "times as fast")
     return Table("", columns, tuple(rows)) if rows else None
 
@@ -110,7 +109,7 @@ def covered(members: Sequence[Member]) -> Table | None:
     for kind, by_member in kinds.items():
         numbers = max(sum(int(number) for number, _, _ in parts) for parts in by_member.values())
         cells = [_happened(by_member.get(member.label, [])) for member, _ in told]
-        rows.append((Cell(kind, f"{numbers} tensor{'s' * (numbers > 1)}", "code"), *cells))
+        rows.append((Cell(kind, (f"{numbers} tensor{'s' * (numbers > 1)}",), "code"), *cells))
     return Table("", ("weight", *(member.label for member, _ in told)), tuple(rows)) if rows else None
 
 
@@ -155,9 +154,8 @@ def _left(member: Member) -> Cell:
     if each.nonzero is None:
         if each.params is None:
             return UNMEASURED
-        return Cell(words.count(each.params), "all parameters; zeros not counted")
-    share = f"{each.nonzero / each.params:.1%} of {words.count(each.params)}" if each.params else ""
-    return Cell(words.count(each.nonzero), share)
+        return Cell(words.count(each.params), ("zeros not counted",))
+    return Cell(words.count(each.nonzero), (f"{each.nonzero / max(1, each.params or 0):.1%} of all",))
 
 
 def _stored(member: Member) -> Cell:
@@ -168,32 +166,33 @@ def _stored(member: Member) -> Cell:
 def _figure(figure: Figure | None) -> Cell:
     if figure is None:
         return UNMEASURED
-    main, _, held = words.value(figure).partition(" ")
-    return Cell(main, held if figure.measurable else f"{held} not measurable")
+    return _split(words.value(figure), *([] if figure.measurable else ["not measurable"]))
 
 
 def _change(figure: Figure | None) -> Cell:
     if figure is None or figure.change is None:
         return MUTED
-    main, _, held = words.change(figure.change, figure.unit).partition(" [")
-    return Cell(main, f"[{held}" if held else "")
+    return _split(words.change(figure.change, figure.unit))
 
 
 def _whole(figure: Figure | None) -> Cell:
-    if figure is None:
-        return UNMEASURED
-    if figure.change is None:
-        return Cell(words.value(figure), "" if figure.measurable else "not measurable")
-    said = f": {figure.change.verdict}" if figure.change.verdict else ""
-    return Cell(words.value(figure), words.change(figure.change, figure.unit) + said)
+    if figure is None or figure.change is None:
+        return _figure(figure)
+    said = (figure.change.verdict,) if figure.change.verdict else ()
+    return _split(words.value(figure), words.change(figure.change, figure.unit), *said)
+
+
+def _split(told: str, *others: str) -> Cell:
+    """A figure above its interval."""
+    main, bracket, held = told.partition(" [")
+    return Cell(main, (*([f"[{held}"] if bracket else []), *others))
 
 
 def _decoding(member: Member) -> Cell:
     found = next((each.speed for each in member.checkpoint.evaluations if each.speed), None)
     if found is None:
         return UNMEASURED
-    main, _, held = _median(found.model.decode_tokens_per_s).partition(" ")
-    return Cell(main, held)
+    return _split(_median(found.model.decode_tokens_per_s))
 
 
 def _median(found: object, scale: float = 1.0) -> str:
@@ -211,7 +210,7 @@ def _happened(parts: Sequence[tuple[str, str, str]]) -> Cell:
     if not parts:
         return MUTED
     said = "; ".join(happened for _, happened, _ in parts)
-    shares = "; ".join(f"{share} not zero" for _, _, share in parts)
+    shares = tuple(f"{share} not zero" for _, _, share in parts)
     return Cell(said, shares, "words pruned" if "pruned" in said else "words")
 
 

@@ -39,12 +39,12 @@ def value(figure: Figure) -> str:
 
 
 def change(found: Change, unit: str) -> str:
-    """A change with its interval: bits per byte, points of an accuracy, or percent of a perplexity."""
+    """A change with its interval: bits per byte, points of an accuracy, or percent of another figure."""
 
     def say(each: float) -> str:
         return f"{each:+.4f}" if unit == "bits" else f"{100 * each:+.1f}"
 
-    tail = {"bits": "", "share": " points", "plain": " %"}[unit]
+    tail = {"bits": "", "share": "", "plain": " %"}[unit]
     held = f" [{say(found.interval[0])}, {say(found.interval[1])}]" if found.interval else ""
     return signed(f"{say(found.value)}{tail}{held}")
 
@@ -71,9 +71,8 @@ def sentences(made: Made) -> list[str]:
         found.append(f"Of the pruned tensors, {told.sparsity:.1%} of the entries are zero as stored.")
     if (check := told.verification) is not None:
         sides = (("stock transformers", check.transformers), ("ssmcompress", check.ssmcompress))
-        loaded = [f"{name} {signed(f'{gap:.1e}')}" for name, gap in sides if gap is not None]
-        limit = signed(f"{check.tolerance:.0e}")
-        found.append(f"Loaded again from disk: largest relative difference of the logits {', '.join(loaded)} (allowed {limit}).")
+        loaded = " and ".join(f"{_tiny(gap)} in {name}" for name, gap in sides if gap is not None)
+        found.append(f"Loaded again from disk, the logits differ by {loaded} ({_tiny(check.tolerance)} is allowed).")
     return found
 
 
@@ -105,6 +104,10 @@ def _sentence(step: Prune) -> str:
 def _method(step: Prune) -> str:
     name = METHODS[step.method]
     return name[0].upper() + name[1:]
+
+
+def _tiny(gap: float) -> str:
+    return signed(f"{gap:.1e}") if gap else "nothing"
 
 
 def _mixed(recipe: Recipe | None) -> str:
