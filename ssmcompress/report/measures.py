@@ -183,9 +183,7 @@ def _tested(dense: Checkpoint, each: Checkpoint) -> dict[str, Difference]:
     return {each.measure: each for each in found}
 
 
-def _both(
-    dense: Sequence[Evaluation], own: Sequence[Evaluation], name: str
-) -> Iterable[tuple[Results, Results]]:
+def _both(dense: Sequence[Evaluation], own: Sequence[Evaluation], name: str) -> Iterable[tuple[Results, Results]]:
     for other in own:
         for one in dense:
             if name in one.results.samples and name in other.results.samples:

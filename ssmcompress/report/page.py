@@ -1,5 +1,6 @@
 """The verb `report`: one page that needs no network, made of the folders that runs and evaluations wrote."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -57,7 +58,6 @@ class Family:
     accuracies: tuple[Drawing, ...]
     speed: Table | None
     layers: tuple[Drawing, ...]
-    grids: tuple[Drawing, ...]
     coverage: Table | None
     stories: tuple[Story, ...]
     environment: Table
@@ -71,7 +71,9 @@ def report(*folders: str | Path, out: str | Path, overwrite: bool = False, emit:
     Raises InputError for a folder of neither kind, one that is damaged, or an `out` that exists.
     """
     if not folders:
-        raise InputError("There is nothing to report on.", hint="Give folders that `prune`, `run` or `eval --out` wrote.")
+        raise InputError(
+            "There is nothing to report on.", hint="Give folders that `prune`, `run` or `eval --out` wrote."
+        )
     target = _permitted(Path(out).expanduser(), overwrite)
     page = render(read(folders), emit)
     _write(target, page)
@@ -133,8 +135,7 @@ def _family(members: Sequence[Member]) -> Family:
         measures=tables.measures(members),
         accuracies=tuple(_accuracies(members)),
         speed=tables.speed(members),
-        layers=tuple(_layers(members)),
-        grids=tuple(_grids(members)),
+        layers=(*_layers(members), *_grids(members)),
         coverage=tables.covered(members),
         stories=tuple(_story(each) for each in members if each.checkpoint.made),
         environment=tables.environment(members),
@@ -232,12 +233,18 @@ def _layers(members: Sequence[Member]) -> Iterable[Drawing]:
 
 
 def _grids(members: Sequence[Member]) -> Iterable[Drawing]:
+    """The kept share by module and layer, once for all members in which it is the same."""
+    same: dict[str, list[Member]] = {}
+    kept = {member.label: _kept(member) for member in members}
     for member in members:
-        cells = _kept(member)
-        if cells:
-            told = "; ".join(f"{name} {_range(row.values())}" for name, row in cells.items())
-            chart = Markup(figures.grid(cells, f"Share of entries kept by {member.label}: {told}."))
-            yield Drawing(member.label, chart, f"{member.done}.")
+        if kept[member.label]:
+            same.setdefault(json.dumps(kept[member.label]), []).append(member)
+    for group in same.values():
+        cells, names = kept[group[0].label], ", ".join(member.label for member in group)
+        told = "; ".join(f"{name} {_range(row.values())}" for name, row in cells.items())
+        chart = Markup(figures.grid(cells, f"Share of entries kept by {names}: {told}."))
+        done = ", ".join(dict.fromkeys(member.done for member in group))
+        yield Drawing("Entries kept", chart, f"{names} ({done}).")
 
 
 def _kept(member: Member) -> dict[str, dict[int, float]]:

@@ -24,9 +24,15 @@ class Cell:
 class Table:
     """Rows under columns; a row of one cell is a heading."""
 
-    caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """How each column is set: as words where all of its cells are, else as numbers."""
+        whole = [row for row in self.rows if len(row) == len(self.columns)]
+        wordy = [all(row[i].kind != "number" for row in whole) for i in range(len(self.columns))]
+        return tuple("words" if each else "number" for each in wordy)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def glance(members: Sequence[Member], text: Measure | None, probes: Sequence[Mea
         if len(members) > 1:
             row.append(_change(figure))
         rows.append((*row, *(_figure(member.figures.get(probe)) for probe in probes), _decoding(member)))
-    return Table("", tuple(columns), tuple(rows))
+    return Table(tuple(columns), tuple(rows))
 
 
 def measures(members: Sequence[Member]) -> Table | None:
@@ -76,7 +82,7 @@ def measures(members: Sequence[Member]) -> Table | None:
         for measure in found:
             cells = [_whole(member.figures.get(measure)) for member in members]
             rows.append((Cell(measure.name, (measure.about,), "words"), *cells))
-    return Table("", ("measure", *(member.label for member in members)), tuple(rows)) if rows else None
+    return Table(("measure", *(member.label for member in members)), tuple(rows)) if rows else None
 
 
 def speed(members: Sequence[Member]) -> Table | None:
@@ -87,14 +93,14 @@ def speed(members: Sequence[Member]) -> Table | None:
             own = each.model
             reading = "; ".join(f"{part.length}: {_median(part.tokens_per_s)}" for part in own.prefill)
             first = "; ".join(f"{part.length}: {_median(part.time_to_first_token_s, 1e3)}" for part in own.prefill)
-            busy = f"{each.threads} threads, load {each.load[0]:.1f} before, {each.load[1]:.1f} after"
+            busy = f"{each.threads} thread{'s' * (each.threads > 1)}, load {each.load[0]:.1f} to {each.load[1]:.1f}"
             memory = Cell(words.size(own.peak_memory_bytes), (f"{words.size(own.memory_before_bytes)} before work",))
             ratios = "; ".join(_ratio(ratio) for ratio in each.ratios)
             against = Cell(ratios, (f"against {each.against.model}",), "words") if each.against else MUTED
             figures = (Cell(reading), Cell(first), Cell(_median(own.decode_tokens_per_s)))
             rows.append((Cell(member.label, (each.machine, busy), "words"), *figures, memory, against))
     columns = ("model", "prompt, tokens/s", "first token, ms", "decoding, tokens/s", "most memory", "times as fast")
-    return Table("", columns, tuple(rows)) if rows else None
+    return Table(columns, tuple(rows)) if rows else None
 
 
 def covered(members: Sequence[Member]) -> Table | None:
@@ -110,7 +116,7 @@ def covered(members: Sequence[Member]) -> Table | None:
         numbers = max(sum(int(number) for number, _, _ in parts) for parts in by_member.values())
         cells = [_happened(by_member.get(member.label, [])) for member, _ in told]
         rows.append((Cell(kind, (f"{numbers} tensor{'s' * (numbers > 1)}",), "code"), *cells))
-    return Table("", ("weight", *(member.label for member, _ in told)), tuple(rows)) if rows else None
+    return Table(("weight", *(member.label for member, _ in told)), tuple(rows)) if rows else None
 
 
 def environment(members: Sequence[Member]) -> Table:
@@ -120,7 +126,7 @@ def environment(members: Sequence[Member]) -> Table:
         made = member.checkpoint.made
         if made is not None:
             told = made.manifest
-            dtype = made.recipe.dtype if made.recipe else ""
+            dtype: str = made.recipe.dtype if made.recipe else ""
             facts = (_pairs(told.versions), _pairs(told.backend), dtype, "" if told.seed is None else str(told.seed))
             rows.setdefault(facts, []).append(f"{member.label} ({told.verb})")
         for found in (each.summary for each in member.checkpoint.evaluations):
@@ -128,7 +134,7 @@ def environment(members: Sequence[Member]) -> Table:
             facts = (_pairs(found.versions | found.harness_versions), _pairs(found.backend), found.dtype, seeds)
             rows.setdefault(facts, []).append(f"{member.label} (eval)")
     cells = [tuple(Cell(text, kind="words") for text in (", ".join(who), *facts)) for facts, who in rows.items()]
-    return Table("", ("run", "versions", "kernels", "dtype", "seeds"), tuple(cells))
+    return Table(("run", "versions", "kernels", "dtype", "seeds"), tuple(cells))
 
 
 def hashes(members: Sequence[Member]) -> Table:
@@ -142,7 +148,7 @@ def hashes(members: Sequence[Member]) -> Table:
             rows += [_hash(member.label, "calibration", told.calibration.sha256)] if told.calibration else []
         texts = {each.summary.text_sha256 for each in member.checkpoint.evaluations} - {None}
         rows += [_hash(member.label, "evaluation text", digest) for digest in sorted(filter(None, texts))]
-    return Table("", ("model", "what", "SHA-256"), tuple(rows))
+    return Table(("model", "what", "SHA-256"), tuple(rows))
 
 
 MUTED = Cell("–", kind="muted")

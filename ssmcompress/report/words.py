@@ -42,7 +42,8 @@ def change(found: Change, unit: str) -> str:
     """A change with its interval: bits per byte, points of an accuracy, or percent of another figure."""
 
     def say(each: float) -> str:
-        return f"{each:+.4f}" if unit == "bits" else f"{100 * each:+.1f}"
+        told = f"{each:+.4f}" if unit == "bits" else f"{100 * each:+,.1f}"
+        return told if float(told.replace(",", "")) else told[1:]
 
     tail = {"bits": "", "share": "", "plain": " %"}[unit]
     held = f" [{say(found.interval[0])}, {say(found.interval[1])}]" if found.interval else ""
