@@ -1,8 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# threads that spin while they wait halve the speed of a busy machine
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test check bench regress clean
+.PHONY: setup demo test check bench regress rebase report clean
 
 setup: $(READY)
 
@@ -29,7 +31,13 @@ bench: $(READY)
 	$(BIN)/python evals/bench/cpu.py
 
 regress: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(wildcard tests/golden) tests/flow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m evals.regress
+
+rebase: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m evals.regress --rebase
+
+report: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m evals.report --limit 20 --out out/report
 
 clean:
 	rm -rf out build dist .pytest_cache .ruff_cache .mypy_cache

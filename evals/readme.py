@@ -43,14 +43,14 @@ def support_matrix() -> str:
 
 
 def recipe_table() -> str:
-    """A row for each shipped recipe: what it does, and what it was measured to cost both reference checkpoints."""
+    """A row for each recipe of prune/: what it does, and what it was measured to cost both reference checkpoints."""
     lines = ["| recipe | what it does | bits per byte, ref:mamba | ref:mamba2 | copy 20, ref:mamba | ref:mamba2 |"]
     lines.append("|---|---|---|---|---|---|")
     measured = {name: way for way, name in WAYS.items()}
     tables = [_rows(f"quality-{model}.md") for model in ("mamba", "mamba2")]
-    for name, recipe in recipes.ls().items():
-        found = [table.get(measured.get(name, ""), [""] * 6) for table in tables]
-        cells = [f"`{name}`", recipe.description, *(row[2] for row in found), *(row[3] for row in found)]
+    for name, way in measured.items():
+        found = [table.get(way, [""] * 6) for table in tables]
+        cells = [f"`{name}`", recipes.read(name).description, *(row[2] for row in found), *(row[3] for row in found)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

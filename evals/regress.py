@@ -67,7 +67,12 @@ def measured(model: str, recipe: str, out: Path) -> Baseline:
     return {
         "model": model,
         "recipe": recipe,
-        "provenance": {"versions": made.versions, "source": made.source.sha256, "backend": made.backend},
+        "provenance": {
+            "recipe_sha256": made.recipe_sha256,
+            "versions": made.versions,
+            "source": made.source.sha256,
+            "backend": made.backend,
+        },
         "exact": {"params": compressed.summary.params, "sparsity": round(made.sparsity, 6)},
         "measures": {name: _measure(each, widths[name]) for name, each in compressed.samples.items()},
     }

@@ -21,7 +21,7 @@ FUNCTIONS = {
     "models": "ssmcompress.models",
     "plan": "ssmcompress.plan",
     "prune": "ssmcompress.run",
-    "report": "ssmcompress.report",
+    "report": "ssmcompress.report.page",
     "run": "ssmcompress.run",
 }
 

@@ -256,17 +256,17 @@ def compare(
     _call("compare", *results, max_drop=max_drop, strict=strict, out=out, overwrite=overwrite, json=json, seed=seed)
 
 
-@app.command(epilog="Example: ssmcompress report out/wanda50 results/dense results/wanda50 --out report.html")
+@app.command(epilog="Example: ssmcompress report out/wanda50 results/dense --out report.html")
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR", help="Folders that prune, run or eval --out wrote, in any order.")
+        list[Path], typer.Argument(metavar="FOLDERS", help="Outputs of prune or run, and of eval, in any mix.")
     ],
     *,
-    out: Annotated[Path, typer.Option("--out", help="HTML file to write.", rich_help_panel=OUTPUT)],
+    out: Annotated[Path, typer.Option("--out", help="Page to write.", rich_help_panel=OUTPUT)] = Path("report.html"),
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Put what was done, and what it cost, on one HTML page that needs no network."""
+    """Write one HTML page that shows what was done and what it cost."""
     _call("report", *folders, out=out, overwrite=overwrite, json=json)
 
 

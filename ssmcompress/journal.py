@@ -1,12 +1,11 @@
 """What an unfinished run has already found, layer by layer, so that the next one goes on from there."""
 
-import shutil
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ssmcompress import edits as editing
-from ssmcompress.checkpoint.output import MARKER
+from ssmcompress.checkpoint.output import kept
 from ssmcompress.edits import Edit
 
 FOLDER = ".journal"
@@ -23,21 +22,9 @@ class Journal:
         """The finished layers of a step."""
         return Layers(self.folder, f"step-{index}-layer-")
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """When the work inside is whole nothing of the journal stays; when it fails, only the journal does.
-
-        Half-written weights are of no use to the next run, and may be what filled the disk.
-        """
-        try:
-            yield
-        except BaseException:
-            worth = {FOLDER, self.events} if any(self.folder.iterdir()) else set()
-            for path in self.folder.parent.iterdir():
-                if path.name not in worth and path.name != MARKER:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            raise
-        shutil.rmtree(self.folder)
+    def kept(self) -> AbstractContextManager[None]:
+        """When the work inside is whole nothing of the journal stays; when it fails, only the journal does."""
+        return kept(self.folder, self.events)
 
 
 class Layers(MutableMapping[int, list[Edit]]):

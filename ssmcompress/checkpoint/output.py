@@ -84,6 +84,23 @@ def output(
                 raise
 
 
+@contextmanager
+def kept(store: Path, *beside: str) -> Iterator[None]:
+    """When the work inside is whole `store` goes; when it fails only it and `beside` stay, where it holds anything.
+
+    Half-written weights are of no use to the run that goes on from there, and may be what filled the disk.
+    """
+    try:
+        yield
+    except BaseException:
+        worth = {MARKER, store.name, *beside} if any(store.iterdir()) else {MARKER}
+        for path in store.parent.iterdir():
+            if path.name not in worth:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+    shutil.rmtree(store)
+
+
 def write(
     checkpoint: Checkpoint,
     folder: Path,

@@ -1,5 +1,1 @@
-"""What was done to checkpoints and what it cost, on one page."""
-
-from ssmcompress.report.page import report
-
-__all__ = ["report"]
+"""One page that shows what was done to models and what it cost; the only home of templates and plots."""

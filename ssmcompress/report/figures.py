@@ -3,8 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from xml.etree.ElementTree import Element, SubElement, fromstring, tostring
+from xml.etree.ElementTree import Element, SubElement, tostring
 
 WIDTH = 360.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 38.0
@@ -73,28 +72,6 @@ class Axis:
         return [f"{tick:,.{digits}f}".replace("-", "−") for tick in self.ticks]
 
 
-def standalone(panels: Mapping[str, str], names: Sequence[tuple[str, int]], described: str) -> str:
-    """Figures side by side as a file of its own, each under its title, and a legend of (name, mark)."""
-    height = max(float(fromstring(panel).attrib["viewBox"].split()[3]) for panel in panels.values()) + 44
-    view = f"0 0 {WIDTH * len(panels):.0f} {_near(height)}"
-    outer = {"xmlns": "http://www.w3.org/2000/svg", "class": "figure", "viewBox": view, "role": "img"}
-    svg = Element("svg", outer | {"aria-label": described})
-    SubElement(svg, "style").text = files("ssmcompress.report").joinpath("figures.css").read_text(encoding="utf-8")
-    SubElement(svg, "rect", {"class": "paper", "width": "100%", "height": "100%"})
-    place = LEFT
-    for name, number in names:
-        _mark(svg, number, place, 14, "")
-        _write(svg, place + 9, 18, name, "in")
-        place += 36 + 6.2 * len(name)
-    for i, (title, panel) in enumerate(panels.items()):
-        _write(svg, WIDTH * i + LEFT, 40, title, "name")
-        inner = fromstring(panel)
-        tall = inner.attrib["viewBox"].split()[3]
-        inner.attrib |= {"x": _near(WIDTH * i), "y": "44", "width": _near(WIDTH), "height": tall}
-        svg.append(inner)
-    return _text(svg) + "\n"
-
-
 def mark(number: int) -> str:
     """The mark of a model, for a legend."""
     svg = Element("svg", {"class": "figure key", "viewBox": "-7 -7 14 14", "aria-hidden": "true"})
@@ -145,11 +122,11 @@ def shares(groups: Mapping[str, Sequence[Share]], chances: Mapping[str, float | 
     return _text(svg)
 
 
-def lines(series: Sequence[tuple[str, int, Mapping[int, float]]], described: str, *, reach: float = 0.0) -> str:
-    """The relative error of each layer, a line a model: (name, mark, error by layer); up to `reach` at least."""
+def lines(series: Sequence[tuple[str, int, Mapping[int, float]]], described: str) -> str:
+    """The relative error of each layer, a line a model: (name, mark, error by layer)."""
     svg = _svg(260, described)
     layers = sorted({layer for _, _, errors in series for layer in errors})
-    y = Axis.of([reach, *(error for _, _, errors in series for error in errors.values())], 260 - BOTTOM, TOP, zero=True)
+    y = Axis.of([error for _, _, errors in series for error in errors.values()], 260 - BOTTOM, TOP, zero=True)
     few = tuple(float(layer) for layer in layers if layer % math.ceil(len(layers) / 12) == 0)
     x = Axis(layers[0] - 0.4, layers[-1] + 0.4, LEFT, WIDTH - RIGHT, few)
     _frame(svg, x, y, "layer", "relative error after the layer")

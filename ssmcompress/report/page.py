@@ -65,7 +65,7 @@ class Family:
     masked: bool
 
 
-def report(*folders: str | Path, out: str | Path, overwrite: bool = False, emit: Emit = ignore) -> Path:
+def report(*folders: str | Path, out: str | Path = "report.html", overwrite: bool = False, emit: Emit = ignore) -> Path:
     """Writes an HTML page of model folders and evaluation folders, given in any order.
 
     Raises InputError for a folder of neither kind, one that is damaged, or an `out` that exists.

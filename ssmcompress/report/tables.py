@@ -166,7 +166,10 @@ def _left(member: Member) -> Cell:
 
 def _stored(member: Member) -> Cell:
     each = member.checkpoint
-    return UNMEASURED if each.weight_bytes is None else Cell(words.size(each.weight_bytes))
+    if each.weight_bytes is None:
+        return UNMEASURED
+    state = next((found.summary.state_bytes for found in each.evaluations), None)
+    return Cell(words.size(each.weight_bytes), () if state is None else (f"state {words.size(state)}",))
 
 
 def _figure(figure: Figure | None) -> Cell:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ssmcompress.checkpoint.output import MARKER, output
 from ssmcompress.errors import InputError, ResourceError
 from ssmcompress.evaluate.finished import FOLDER, Measures
 from ssmcompress.events import Note
@@ -31,19 +32,19 @@ def test_what_is_not_whole_is_measured_again(tmp_path):
 @pytest.mark.parametrize(
     ("error", "left"),
     [
-        (KeyboardInterrupt(), {FOLDER, "lm_eval"}),
-        (ResourceError("full"), {FOLDER, "lm_eval"}),
+        (KeyboardInterrupt(), {FOLDER, "lm_eval", MARKER}),
+        (ResourceError("full"), {FOLDER, "lm_eval", MARKER}),
         (InputError("NaN"), None),
     ],
 )
 def test_only_what_can_be_gone_on_with_is_left(tmp_path, error, left):
-    folder = tmp_path / "out.partial"
-    (folder / "lm_eval").mkdir(parents=True)
-    done = Measures(folder, pytest.fail)
-    done.get("a", lambda: 1)
-    (folder / "summary.json").write_text("half")
-    with pytest.raises(type(error)), done.kept("lm_eval"):
-        raise error
+    with pytest.raises(type(error)), output(tmp_path / "out", resumable=True, recipe_hash="abc") as folder:
+        (folder / "lm_eval").mkdir()
+        done = Measures(folder, pytest.fail)
+        done.get("a", lambda: 1)
+        (folder / "summary.json").write_text("half")
+        with done.kept("lm_eval"):
+            raise error
     assert ({path.name for path in folder.iterdir()} if folder.exists() else None) == left
 
 
@@ -55,7 +56,7 @@ def test_nothing_is_left_where_nothing_is_finished_and_nothing_of_this_where_all
         if stop:
             with pytest.raises(stop), done.kept():
                 raise stop
-            assert not folder.exists()
+            assert not any(folder.iterdir())
         else:
             with done.kept():
                 done.get("a", lambda: 1)

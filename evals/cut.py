@@ -1,21 +1,18 @@
 """Cuts the shipped texts from their corpora; the reference checkpoints were trained on none of them.
 
-python evals/data/cut.py --data DIR
+python -m evals.cut --data DIR
 """
 
 import argparse
 import gzip
 import hashlib
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "reference"))
+from evals.reference.corpus import C4_TRAINED, HELD_OUT_NOVELS, novel, pages
 
-from corpus import C4_TRAINED, HELD_OUT_NOVELS, novel, pages  # noqa: E402
-
+DATA = Path(__file__).parent / "data"
 NOVEL_PIECES, NOVEL_PIECE = 24, 4000
 BENCHMARKS = {
     "arc_easy.jsonl": "ai2_arc_ARC-Easy_validation.jsonl",
@@ -26,7 +23,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    """Writes the texts and the benchmarks beside this file, and their hashes to SHA256SUMS."""
+    """Writes the texts and the benchmarks into evals/data, and their hashes to SHA256SUMS."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     data = parser.parse_args().data
@@ -40,9 +37,9 @@ def main() -> None:
     files |= {name: benchmark(data / "benchmarks/validation" / source) for name, source in BENCHMARKS.items()}
     for name, content in files.items():
         packed = gzip.compress(content, mtime=0) if name.endswith(".gz") else content
-        (HERE / name).write_bytes(packed)
-    sums = (f"{hashlib.sha256((HERE / name).read_bytes()).hexdigest()}  {name}\n" for name in files)
-    (HERE / "SHA256SUMS").write_text("".join(sums))
+        (DATA / name).write_bytes(packed)
+    sums = (f"{hashlib.sha256((DATA / name).read_bytes()).hexdigest()}  {name}\n" for name in files)
+    (DATA / "SHA256SUMS").write_text("".join(sums))
 
 
 def lines(rows: Iterable[dict]) -> bytes:
