@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,6 +28,23 @@ class _Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+class Probe(_Lenient):
+    """A probe of memory at one load."""
+
+    probe: str
+    load: int
+    items: int
+    accuracy: float
+    standard_error: float
+    chance: float
+    items_sha256: str
+    measurable: bool
+
+
+class _Memory(_Lenient):
+    recall: tuple[Probe, ...] = ()
+
+
 class Look(_Lenient):
     """What a run measured of a model itself: likelihood of the first tokens of each page, and probes of memory."""
 
@@ -36,7 +53,7 @@ class Look(_Lenient):
     perplexity: float
     length: int
     documents: tuple[DocumentScore, ...]
-    recall: tuple[dict[str, Any], ...] = ()
+    recall: tuple[Probe, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -78,6 +95,7 @@ class Evaluation:
     """What `eval --out` wrote."""
 
     results: Results
+    memory: tuple[Probe, ...]
     speed: Speed | None
 
     @property
@@ -126,12 +144,14 @@ def read(folders: Sequence[str | Path]) -> list[Checkpoint]:
     evaluations: dict[Path, Evaluation] = {}
     for folder in map(Path, folders):
         _sort(folder, models, evaluations)
-    made = [_compressed(folder, each) for folder, each in models.items()]
-    known = {each.weights: each for each in made}
+    known: dict[frozenset[str], Checkpoint] = {}
+    for each in (_compressed(folder, made) for folder, made in models.items()):
+        twin = known.get(each.weights)
+        known[each.weights] = replace(twin, label=f"{twin.label} = {each.label}") if twin else each
     for found in evaluations.values():
         weights = frozenset(found.summary.model_sha256.values())
-        each = known.get(weights) or _unmade(found, weights)
-        known[weights] = replace(each, evaluations=(*each.evaluations, found))
+        known.setdefault(weights, _unmade(found, weights))
+        known[weights] = replace(known[weights], evaluations=(*known[weights].evaluations, found))
     return _named(_with_sources(known))
 
 
@@ -172,10 +192,13 @@ def _errors(path: Path) -> dict[int, float]:
 
 
 def _evaluation(folder: Path) -> Evaluation:
+    path = folder / results.NAME
+    text = _text(path) or ""
     if (folder / results.SAMPLES).exists():
-        return Evaluation(results.read(folder), speed.read(folder))
-    summary = _valid(Summary, _text(folder / results.NAME) or "", folder / results.NAME)
-    return Evaluation(Results(folder, summary, {}), speed.read(folder))
+        found = results.read(folder)
+    else:
+        found = Results(folder, _valid(Summary, text, path), {})
+    return Evaluation(found, _valid(_Memory, text, path).recall, speed.read(folder))
 
 
 def _compressed(folder: Path, made: Made) -> Checkpoint:

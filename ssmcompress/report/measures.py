@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from ssmcompress.evaluate.comparison import Verdict, aligned, verdict
 from ssmcompress.evaluate.results import Results, TaskScore
 from ssmcompress.measure.glance import ON
 from ssmcompress.measure.perplexity import DocumentScore, paired_difference
-from ssmcompress.report.checkpoints import Checkpoint, Evaluation, Look
+from ssmcompress.report.checkpoints import Checkpoint, Evaluation, Look, Probe
 
 Unit = Literal["bits", "share", "plain"]
 LIKELIHOOD = "text/bits_per_byte"
@@ -46,12 +46,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measure:
-    """What was measured: its group, its name for people, and what tells it from all others."""
+    """What was measured: its group, what tells it from all others, and its name and settings for people."""
 
     group: Literal["likelihood", "memory", "tasks"]
-    name: str
     key: tuple[Any, ...]
-    about: str = ""
+    name: str = field(compare=False)
+    about: str = field(default="", compare=False)
 
 
 Figures = Mapping[Measure, Figure]
@@ -70,9 +70,9 @@ def figures(each: Checkpoint) -> dict[Measure, Figure]:
             figure = replace(figure, change=change)
         found[measure] = figure
     for evaluation in each.evaluations:
-        for probe in evaluation.summary.recall:
+        for probe in evaluation.memory:
             measure, figure = _probe(probe, "eval")
-            found.setdefault(measure, _changed(figure, tested.get(f"recall/{probe['probe']}-{probe['load']}")))
+            found.setdefault(measure, _changed(figure, tested.get(f"recall/{probe.probe}-{probe.load}")))
         for score in evaluation.summary.tasks:
             measure, figure = _task(score)
             name = f"{score.task}/{score.metric}" + ("" if score.filter == "none" else f",{score.filter}")
@@ -101,14 +101,14 @@ def _likelihoods(each: Checkpoint) -> dict[Measure, tuple[Figure, list[DocumentS
             figure = Figure(summary.bits_per_byte, "bits", summary.bits_per_byte_interval)
             key = ("text", summary.text_sha256, summary.length)
             about = _text_words(evaluation, len(documents))
-            found.setdefault(Measure("likelihood", "bits per byte", key, about), (figure, documents))
+            found.setdefault(Measure("likelihood", key, "bits per byte", about), (figure, documents))
     for look in each.looks:
         found.setdefault(_look_measure(look), (_look_figure(look), list(look.documents)))
     return found
 
 
 def _look_measure(look: Look) -> Measure:
-    return Measure("likelihood", "bits per byte, quick look", ("look", look.identity, look.length), ON)
+    return Measure("likelihood", ("look", look.identity, look.length), "bits per byte, quick look", ON)
 
 
 def _look_figure(look: Look) -> Figure:
@@ -130,18 +130,13 @@ def _text_words(evaluation: Evaluation, documents: int) -> str:
     return f"{count}{text}, every byte, in windows of {summary.length} tokens"
 
 
-def _probe(probe: Mapping[str, Any], where: str) -> tuple[Measure, Figure]:
-    name = PROBES.get(probe["probe"], probe["probe"] + ", load {}").format(probe["load"])
+def _probe(probe: Probe, where: str) -> tuple[Measure, Figure]:
+    name = PROBES.get(probe.probe, probe.probe + ", load {}").format(probe.load)
     words = name if where == "eval" else f"{name}, quick look"
-    figure = Figure(
-        probe["accuracy"],
-        "share",
-        accuracy_interval(probe["accuracy"], probe["standard_error"], probe["items"]),
-        chance=probe["chance"],
-        measurable=probe["measurable"],
-    )
-    key = (where, probe["probe"], probe["load"], probe["items_sha256"])
-    return Measure("memory", words, key, f"{probe['items']} items"), figure
+    held = accuracy_interval(probe.accuracy, probe.standard_error, probe.items)
+    figure = Figure(probe.accuracy, "share", held, chance=probe.chance, measurable=probe.measurable)
+    key = (where, probe.probe, probe.load, probe.items_sha256)
+    return Measure("memory", key, words, f"{probe.items} items"), figure
 
 
 def _task(score: TaskScore) -> tuple[Measure, Figure]:
@@ -161,7 +156,7 @@ def _task(score: TaskScore) -> tuple[Measure, Figure]:
     better = "" if score.higher_is_better else ", lower is better"
     key = (score.task, score.metric, score.filter, score.version, score.num_fewshot, score.samples_sha256)
     about = f"{shots}{score.samples:,} items{better}"
-    return Measure("tasks", f"{score.task} {score.metric}{filtered}", key, about), figure
+    return Measure("tasks", key, f"{score.task} {score.metric}{filtered}", about), figure
 
 
 def _changed(figure: Figure, found: Difference | None) -> Figure:

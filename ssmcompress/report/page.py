@@ -1,6 +1,5 @@
 """The verb `report`: one page that needs no network, made of the folders that runs and evaluations wrote."""
 
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -16,23 +15,13 @@ from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.card import MASKS
 from ssmcompress.errors import InputError
 from ssmcompress.events import Advance, Emit, Finished, Phase, ignore
-from ssmcompress.report import figures, tables, words
+from ssmcompress.report import drawings, figures, tables, words
 from ssmcompress.report.checkpoints import Checkpoint, read
-from ssmcompress.report.figures import Point, Share
 from ssmcompress.report.measures import Measure
 from ssmcompress.report.measures import figures as figures_of
 from ssmcompress.report.tables import Member, Table
 
 GENERATOR = '<meta name="generator" content="ssmcompress'
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A chart with its title and what is to be said of it."""
-
-    title: str
-    svg: Markup
-    words: str
 
 
 @dataclass(frozen=True)
@@ -53,11 +42,11 @@ class Family:
     legend: tuple[tuple[Markup, str, str], ...]
     text: str
     glance: Table
-    drawings: tuple[Drawing, ...]
+    quality: tuple[drawings.Drawing, ...]
     measures: Table | None
-    accuracies: tuple[Drawing, ...]
+    accuracies: tuple[drawings.Drawing, ...]
     speed: Table | None
-    layers: tuple[Drawing, ...]
+    layers: tuple[drawings.Drawing, ...]
     coverage: Table | None
     stories: tuple[Story, ...]
     environment: Table
@@ -131,16 +120,16 @@ def _family(members: Sequence[Member]) -> Family:
         legend=tuple((Markup(figures.mark(each.mark)), each.label, each.done) for each in members),
         text=text.about if text else "",
         glance=tables.glance(members, text, _hardest(members)),
-        drawings=tuple(_quality(members, text)) if text else (),
+        quality=tuple(drawings.quality(members, text)) if text else (),
         measures=tables.measures(members),
-        accuracies=tuple(_accuracies(members)),
+        accuracies=tuple(drawings.accuracies(members)),
         speed=tables.speed(members),
-        layers=(*_layers(members), *_grids(members)),
+        layers=(*drawings.layers(members), *drawings.grids(members)),
         coverage=tables.covered(members),
         stories=tuple(_story(each) for each in members if each.checkpoint.made),
         environment=tables.environment(members),
         hashes=tables.hashes(members),
-        masked=any(each.checkpoint.nonzero is not None for each in members),
+        masked=any(each.checkpoint.made and each.checkpoint.made.manifest.sparsity for each in members),
     )
 
 
@@ -161,107 +150,6 @@ def _hardest(members: Sequence[Member]) -> list[Measure]:
         if place == ("eval" if "eval" in where else "look") and (probe not in found or load > found[probe].key[2]):
             found[probe] = measure
     return list(found.values())
-
-
-def _quality(members: Sequence[Member], text: Measure) -> Iterable[Drawing]:
-    sized = [(each, each.checkpoint.nonzero or each.checkpoint.params) for each in members if text in each.figures]
-    placed = [(member, size) for member, size in sized if size]
-    if len(placed) < 2:
-        return
-    unit, word, _ = next(unit for unit in (*words.UNITS, (1.0, "", "")) if max(size for _, size in placed) >= unit[0])
-    x_words = f"parameters that are not zero{f', {word}s' if word else ''}"
-    points, changes = [], []
-    for member, size in placed:
-        figure, x = member.figures[text], size / unit
-        low, high = figure.interval or (None, None)
-        points.append(Point(member.label, member.mark, x, figure.value, low, high))
-        if figure.change is not None:
-            low, high = figure.change.interval or (None, None)
-            changes.append(Point(member.label, member.mark, x, figure.change.value, low, high))
-        elif member.checkpoint.source is None:
-            changes.append(Point(member.label, member.mark, x, 0.0))
-    told = "; ".join(f"{point.label} {point.y:.4f}" for point in points)
-    yield Drawing(
-        "Bits per byte",
-        Markup(figures.scatter(points, x_words, "bits per byte (lower is better)", f"Bits per byte by size: {told}.")),
-        "Bars are 95 % intervals over documents. They hold how much documents differ, which all models share.",
-    )
-    if len(changes) > 1 and any(point.low is not None for point in changes):
-        told = "; ".join(f"{point.label} {point.y:+.4f}" for point in changes)
-        chart = figures.scatter(changes, x_words, "bits per byte, change", f"Change by size: {told}.", zero=True)
-        what = "Document by document, so that what they share falls out: bars are paired 95 % intervals."
-        yield Drawing("Change against dense", Markup(chart), what)
-
-
-def _accuracies(members: Sequence[Member]) -> Iterable[Drawing]:
-    for group, title in (("memory", "Memory probes"), ("tasks", "Tasks")):
-        groups: dict[str, list[Share]] = {}
-        chances: dict[str, float | None] = {}
-        for measure in dict.fromkeys(measure for member in members for measure in member.figures):
-            if measure.group != group or (group == "memory" and measure.key[0] != _place(members)):
-                continue
-            for member in members:
-                figure = member.figures.get(measure)
-                if figure is not None and figure.unit == "share" and figure.interval:
-                    row = Share(member.label, member.mark, figure.value, *figure.interval)
-                    groups.setdefault(measure.name, []).append(row)
-                    chances[measure.name] = figure.chance
-        if groups:
-            rows = ((name, row) for name, shares in groups.items() for row in shares)
-            told = "; ".join(f"{name}, {row.label} {row.value:.1%}" for name, row in rows)
-            guess = " The dashed line is chance." if any(each is not None for each in chances.values()) else ""
-            chart = Markup(figures.shares(groups, chances, f"{title}: {told}."))
-            yield Drawing(title, chart, f"Bars are 95 % intervals of each model by itself.{guess}")
-
-
-def _place(members: Sequence[Member]) -> str:
-    places = {measure.key[0] for member in members for measure in member.figures if measure.group == "memory"}
-    return "eval" if "eval" in places else "look"
-
-
-def _layers(members: Sequence[Member]) -> Iterable[Drawing]:
-    series = [(each.label, each.mark, each.checkpoint.made.errors) for each in members if each.checkpoint.made]
-    measured = [one for one in series if one[2]]
-    if measured:
-        worst = {name: max(errors, key=lambda layer: errors[layer]) for name, _, errors in measured}
-        told = "; ".join(f"{name}: most after layer {layer}" for name, layer in worst.items())
-        silent = [name for name, _, errors in series if not errors]
-        said = "How far the residual stream moves from what the dense layer makes of the same input."
-        said += f" Not measured without calibration: {', '.join(silent)}." if silent else ""
-        chart = Markup(figures.lines(measured, f"Relative error by layer. {told}."))
-        yield Drawing("Error by layer", chart, said)
-
-
-def _grids(members: Sequence[Member]) -> Iterable[Drawing]:
-    """The kept share by module and layer, once for all members in which it is the same."""
-    same: dict[str, list[Member]] = {}
-    kept = {member.label: _kept(member) for member in members}
-    for member in members:
-        if kept[member.label]:
-            same.setdefault(json.dumps(kept[member.label]), []).append(member)
-    for group in same.values():
-        cells, names = kept[group[0].label], ", ".join(member.label for member in group)
-        told = "; ".join(f"{name} {_range(row.values())}" for name, row in cells.items())
-        chart = Markup(figures.grid(cells, f"Share of entries kept by {names}: {told}."))
-        done = ", ".join(dict.fromkeys(member.done for member in group))
-        yield Drawing("Entries kept", chart, f"{names} ({done}).")
-
-
-def _kept(member: Member) -> dict[str, dict[int, float]]:
-    """The share of entries that pruning left, by module and layer."""
-    found: dict[str, dict[int, float]] = {}
-    made = member.checkpoint.made
-    for tensor in made.manifest.tensors if made else ():
-        parts = tensor.name.split(".")
-        layer = next((int(part) for part in parts if part.isdecimal()), None)
-        if tensor.status == "pruned" and layer is not None:
-            found.setdefault(parts[-2], {})[layer] = tensor.kept
-    return found
-
-
-def _range(values: Iterable[float]) -> str:
-    low, high = min(kept := list(values)), max(kept)
-    return f"{low:.1%}" if f"{low:.1%}" == f"{high:.1%}" else f"{low:.1%} to {high:.1%}"
 
 
 def _story(member: Member) -> Story:
@@ -297,7 +185,10 @@ def _permitted(target: Path, overwrite: bool) -> Path:
 
 def _write(target: Path, page: str) -> None:
     """Writes the page under another name, and gives it its own when it is whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{target.parent} is no folder.", hint="Choose another --out.") from None
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
         partial = Path(work) / target.name
         with partial.open("w", encoding="utf-8", newline="\n") as file:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ssmcompress.checkpoint.card import coverage
+from ssmcompress.evaluate.speed import Ratio, Spread
+from ssmcompress.events import number
 from ssmcompress.report import words
 from ssmcompress.report.checkpoints import Checkpoint
 from ssmcompress.report.measures import Figure, Figures, Measure
@@ -107,13 +109,13 @@ def covered(members: Sequence[Member]) -> Table | None:
     """What became of every kind of tensor; None where no folder tells."""
     told = [(each, each.checkpoint.made.manifest.tensors) for each in members if each.checkpoint.made]
     told = [(member, tensors) for member, tensors in told if tensors]
-    kinds: dict[str, dict[str, list[tuple[str, str, str]]]] = {}
+    kinds: dict[str, dict[str, list[tuple[str, ...]]]] = {}
     for member, tensors in told:
-        for kind, number, happened, share in coverage(tensors):
-            kinds.setdefault(kind, {}).setdefault(member.label, []).append((number, happened, share))
+        for kind, *happened in coverage(tensors):
+            kinds.setdefault(kind, {}).setdefault(member.label, []).append(tuple(happened))
     rows = []
     for kind, by_member in kinds.items():
-        numbers = max(sum(int(number) for number, _, _ in parts) for parts in by_member.values())
+        numbers = max(sum(int(tensors) for tensors, *_ in parts) for parts in by_member.values())
         cells = [_happened(by_member.get(member.label, [])) for member, _ in told]
         rows.append((Cell(kind, (f"{numbers} tensor{'s' * (numbers > 1)}",), "code"), *cells))
     return Table(("weight", *(member.label for member, _ in told)), tuple(rows)) if rows else None
@@ -204,18 +206,17 @@ def _decoding(member: Member) -> Cell:
     return _split(_median(found.model.decode_tokens_per_s))
 
 
-def _median(found: object, scale: float = 1.0) -> str:
-    low, median, high = (scale * getattr(found, name) for name in ("low", "median", "high"))
-    return f"{words.number(median)} [{words.number(low)}, {words.number(high)}]"
+def _median(found: Spread, scale: float = 1.0) -> str:
+    low, median, high = scale * found.low, scale * found.median, scale * found.high
+    return f"{number(median)} [{number(low)}, {number(high)}]"
 
 
-def _ratio(found: object) -> str:
-    figure, ratio, held = (getattr(found, name) for name in ("figure", "ratio", "interval"))
-    interval = f" [{held[0]:.2f}, {held[1]:.2f}]" if held else ""
-    return f"{figure.replace('_', ' ')} {ratio:.2f}{interval}"
+def _ratio(found: Ratio) -> str:
+    held = f" [{found.interval[0]:.2f}, {found.interval[1]:.2f}]" if found.interval else ""
+    return f"{found.figure.replace('_', ' ')} {found.ratio:.2f}{held}"
 
 
-def _happened(parts: Sequence[tuple[str, str, str]]) -> Cell:
+def _happened(parts: Sequence[tuple[str, ...]]) -> Cell:
     if not parts:
         return MUTED
     said = "; ".join(happened for _, happened, _ in parts)
