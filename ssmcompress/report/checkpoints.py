@@ -194,11 +194,10 @@ def _errors(path: Path) -> dict[int, float]:
 def _evaluation(folder: Path) -> Evaluation:
     path = folder / results.NAME
     text = _text(path) or ""
+    memory = _valid(_Memory, text, path).recall
     if (folder / results.SAMPLES).exists():
-        found = results.read(folder)
-    else:
-        found = Results(folder, _valid(Summary, text, path), {})
-    return Evaluation(found, _valid(_Memory, text, path).recall, speed.read(folder))
+        return Evaluation(results.read(folder), memory, speed.read(folder))
+    return Evaluation(Results(folder, _valid(Summary, text, path), {}), memory, speed.read(folder))
 
 
 def _compressed(folder: Path, made: Made) -> Checkpoint:

@@ -4,8 +4,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from ssmcompress.report import figures, words
 from ssmcompress.report.figures import Point, Share
 from ssmcompress.report.measures import Measure
@@ -17,7 +15,7 @@ class Drawing:
     """A chart with its title and what is to be said of it."""
 
     title: str
-    svg: Markup
+    svg: str
     words: str
 
 
@@ -42,14 +40,14 @@ def quality(members: Sequence[Member], text: Measure) -> Iterable[Drawing]:
     told = "; ".join(f"{point.label} {point.y:.4f}" for point in points)
     yield Drawing(
         "Bits per byte",
-        Markup(figures.scatter(points, x_words, "bits per byte (lower is better)", f"Bits per byte by size: {told}.")),
+        figures.scatter(points, x_words, "bits per byte (lower is better)", f"Bits per byte by size: {told}."),
         "Bars are 95 % intervals over documents. They hold how much documents differ, which all models share.",
     )
     if len(changes) > 1 and any(point.low is not None for point in changes):
         told = "; ".join(f"{point.label} {point.y:+.4f}" for point in changes)
         chart = figures.scatter(changes, x_words, "bits per byte, change", f"Change by size: {told}.", zero=True)
         what = "Document by document, so that what they share falls out: bars are paired 95 % intervals."
-        yield Drawing("Change against dense", Markup(chart), what)
+        yield Drawing("Change against dense", chart, what)
 
 
 def accuracies(members: Sequence[Member]) -> Iterable[Drawing]:
@@ -74,7 +72,7 @@ def accuracies(members: Sequence[Member]) -> Iterable[Drawing]:
             rows = ((name, row) for name, shares in groups.items() for row in shares)
             told = "; ".join(f"{name}, {row.label} {row.value:.1%}" for name, row in rows)
             guess = " The dashed line is chance." if any(each is not None for each in chances.values()) else ""
-            chart = Markup(figures.shares(groups, chances, f"{title}: {told}."))
+            chart = figures.shares(groups, chances, f"{title}: {told}.")
             yield Drawing(title, chart, f"Bars are 95 % intervals of each model by itself.{guess}")
 
 
@@ -88,7 +86,7 @@ def layers(members: Sequence[Member]) -> Iterable[Drawing]:
         silent = [name for name, _, errors in series if not errors]
         said = "How far the residual stream moves from what the dense layer makes of the same input."
         said += f" Not measured for {', '.join(silent)}." if silent else ""
-        chart = Markup(figures.lines(measured, f"Relative error by layer. {told}."))
+        chart = figures.lines(measured, f"Relative error by layer. {told}.")
         yield Drawing("Error by layer", chart, said)
 
 
@@ -102,7 +100,7 @@ def grids(members: Sequence[Member]) -> Iterable[Drawing]:
     for group in same.values():
         cells, names = kept[group[0].label], ", ".join(member.label for member in group)
         told = "; ".join(f"{name} {_range(row.values())}" for name, row in cells.items())
-        chart = Markup(figures.grid(cells, f"Share of entries kept by {names}: {told}."))
+        chart = figures.grid(cells, f"Share of entries kept by {names}: {told}.")
         done = ", ".join(dict.fromkeys(member.done for member in group))
         yield Drawing("Entries kept", chart, f"{names} ({done}).")
 

@@ -210,9 +210,14 @@ def _colour(number: int) -> int:
     return 0 if number == 0 else (number - 1) % COLOURS + 1
 
 
+def _shape(number: int) -> str:
+    """Each round of colours shifts the shapes by one."""
+    return SHAPES[(number + max(0, number - 1) // COLOURS) % len(SHAPES)]
+
+
 def _mark(svg: Element, number: int, x: float, y: float, told: str) -> None:
     kind = f"mark m{_colour(number)}"
-    place = {"class": kind, "d": SHAPES[number % len(SHAPES)], "transform": f"translate({_near(x)} {_near(y)})"}
+    place = {"class": kind, "d": _shape(number), "transform": f"translate({_near(x)} {_near(y)})"}
     shape = SubElement(svg, "path", place)
     if told:
         SubElement(shape, "title").text = told

@@ -8,7 +8,6 @@ from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 import ssmcompress
 from ssmcompress.checkpoint import manifest
@@ -29,7 +28,7 @@ class Story:
     """What was done to one checkpoint: sentences, and the recipe."""
 
     label: str
-    mark: Markup
+    mark: str
     sentences: tuple[str, ...]
     yaml: str
 
@@ -39,7 +38,7 @@ class Family:
     """A dense model and what was made from it."""
 
     name: str
-    legend: tuple[tuple[Markup, str, str], ...]
+    legend: tuple[tuple[str, str, str], ...]
     text: str
     glance: Table
     quality: tuple[drawings.Drawing, ...]
@@ -86,7 +85,7 @@ def render(checkpoints: Sequence[Checkpoint], emit: Emit = ignore) -> str:
     return environment.get_template("page.html").render(
         title="Compression report",
         names=[family.name for family in families],
-        style=Markup(_resource("page.css") + _resource("figures.css")),
+        style=_resource("page.css") + _resource("figures.css"),
         families=families,
         masks=MASKS,
         version=ssmcompress.__version__,
@@ -117,7 +116,7 @@ def _family(members: Sequence[Member]) -> Family:
     text = _common(members, "likelihood")
     return Family(
         name=members[0].label,
-        legend=tuple((Markup(figures.mark(each.mark)), each.label, each.done) for each in members),
+        legend=tuple((figures.mark(each.mark), each.label, each.done) for each in members),
         text=text.about if text else "",
         glance=tables.glance(members, text, _hardest(members)),
         quality=tuple(drawings.quality(members, text)) if text else (),
@@ -156,7 +155,7 @@ def _story(member: Member) -> Story:
     made = member.checkpoint.made
     assert made is not None
     yaml = made.recipe.to_yaml() if made.recipe else ""
-    return Story(member.label, Markup(figures.mark(member.mark)), tuple(words.sentences(made)), yaml)
+    return Story(member.label, figures.mark(member.mark), tuple(words.sentences(made)), yaml)
 
 
 def _resource(name: str) -> str:
