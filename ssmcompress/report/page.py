@@ -1,174 +1,197 @@
-"""The verb `report`: one HTML page, complete in itself, of what was done and what it cost."""
+"""The verb `report`: one page that needs no network, made of the folders that runs and evaluations wrote."""
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from ssmcompress.errors import BackendError, InputError
-from ssmcompress.events import Emit, Finished, ignore, number
-from ssmcompress.report.gather import NOTE, Subject, gather
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-COPIES, LOOKUPS = "copy", "key-value"
+import ssmcompress
+from ssmcompress.checkpoint import manifest
+from ssmcompress.checkpoint.card import MASKS
+from ssmcompress.errors import InputError
+from ssmcompress.events import Advance, Emit, Finished, Phase, ignore
+from ssmcompress.report import drawings, figures, tables, words
+from ssmcompress.report.checkpoints import Checkpoint, read
+from ssmcompress.report.measures import Measure
+from ssmcompress.report.measures import figures as figures_of
+from ssmcompress.report.tables import Member, Table
+
+GENERATOR = '<meta name="generator" content="ssmcompress'
+
+
+@dataclass(frozen=True)
+class Story:
+    """What was done to one checkpoint: sentences, and the recipe."""
+
+    label: str
+    mark: str
+    sentences: tuple[str, ...]
+    yaml: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """A dense model and what was made from it."""
+
+    name: str
+    legend: tuple[tuple[str, str, str], ...]
+    text: str
+    glance: Table
+    quality: tuple[drawings.Drawing, ...]
+    measures: Table | None
+    accuracies: tuple[drawings.Drawing, ...]
+    speed: Table | None
+    layers: tuple[drawings.Drawing, ...]
+    coverage: Table | None
+    stories: tuple[Story, ...]
+    environment: Table
+    hashes: Table
+    masked: bool
 
 
 def report(*folders: str | Path, out: str | Path = "report.html", overwrite: bool = False, emit: Emit = ignore) -> Path:
-    """Writes a page about these folders of `prune`, `run` and `eval --out`, in any mix: same folders, same bytes.
+    """Writes an HTML page of model folders and evaluation folders, given in any order.
 
-    Raises InputError for a folder that is neither or a page that exists, BackendError without Jinja2 and matplotlib.
+    Raises InputError for a folder of neither kind, one that is damaged, or an `out` that exists.
     """
-    target = Path(out).expanduser()
     if not folders:
-        raise InputError("There is nothing to report on.", hint="Give folders of `prune --out` or `eval --out`.")
-    if target.is_dir():
-        raise InputError(f"{target} is a folder.", hint="Give a file name with --out: report.html.")
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} exists already.", hint="Choose another --out, or replace it with --overwrite.")
-    html = rendered(gather(folders))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    try:
-        part.write_text(html, encoding="utf-8")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-    emit(Finished(os.fspath(out)))
+        raise InputError(
+            "There is nothing to report on.", hint="Give folders that `prune`, `run` or `eval --out` wrote."
+        )
+    target = _permitted(Path(out).expanduser(), overwrite)
+    page = render(read(folders), emit)
+    _write(target, page)
+    emit(Finished(str(out)))
     return target
 
 
-def rendered(subjects: Sequence[Subject]) -> str:
-    """The page as text."""
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise BackendError(
-            f"The report needs {error.name}.", hint="pip install 'ssmcompress[report]' brings what it needs."
-        ) from None
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+def render(checkpoints: Sequence[Checkpoint], emit: Emit = ignore) -> str:
+    """The page as HTML: the same checkpoints, the same text."""
+    emit(Phase("pairing with dense", len(checkpoints)))
+    members = list(_members(checkpoints, emit))
+    families = [_family(group) for group in _families(members)]
+    environment = Environment(
+        loader=PackageLoader("ssmcompress.report", "."),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    environment.filters |= {"number": number, "signed": _signed, "percent": _percent}
-    return environment.get_template("page.html.j2").render(
-        subjects=subjects,
-        summary=[_summary(each) for each in subjects],
-        charts=_charts(subjects),
-        tasks=_tasks(subjects),
-        masks=NOTE if any(each.masked for each in subjects) else "",
-        glances=any(each.glance for each in subjects),
+    return environment.get_template("page.html").render(
+        title="Compression report",
+        names=[family.name for family in families],
+        style=_resource("page.css") + _resource("figures.css"),
+        families=families,
+        masks=MASKS,
+        version=ssmcompress.__version__,
     )
 
 
-def _summary(subject: Subject) -> dict[str, Any]:
-    """The first table's row: size, quality and speed of one model."""
-    found = subject.evaluated.summary if subject.evaluated else None
-    change = next((each for each in subject.against if each.measure == "text/bits_per_byte"), None)
-    probes = {(probe["probe"], probe["load"]): probe for probe in (found.recall if found else ())}
-    speed = subject.speed.model if subject.speed else None
-    return {
-        "subject": subject,
-        "done": _done(subject),
-        "weight_bytes": found.weight_bytes if found else None,
-        "state_bytes": found.state_bytes if found else None,
-        "bits": found,
-        "change": change,
-        "copying": _longest(probes, COPIES),
-        "by_key": _longest(probes, LOOKUPS),
-        "prefill": speed.prefill[-1] if speed else None,
-        "decode": speed.decode_tokens_per_s if speed else None,
-    }
+def _members(checkpoints: Sequence[Checkpoint], emit: Emit) -> Iterable[Member]:
+    marks: dict[frozenset[str], int] = {}
+    for each in checkpoints:
+        number = marks.get(each.family, 0 if _dense(each) else 1)
+        marks[each.family] = number + 1
+        yield Member(each, number, figures_of(each))
+        emit(Advance())
 
 
-def _longest(probes: dict[tuple[str, int], Any], kind: str) -> Any:
-    loads = [load for name, load in probes if name == kind]
-    return probes[kind, max(loads)] if loads else None
+def _dense(each: Checkpoint) -> bool:
+    return each.made is None and not any(found.summary.source for found in each.evaluations)
 
 
-def _done(subject: Subject) -> str:
-    """What was done to a model, in words."""
-    if subject.made is None:
-        return "dense"
-    import yaml
-
-    steps = (yaml.safe_load(subject.recipe) or {}).get("steps", []) if subject.recipe else []
-    told = []
-    for step in steps:
-        how = f"keeps {step['pattern']}" if step.get("pattern") else f"zeroes {step.get('sparsity') or 0:.0%}"
-        where = " and ".join(step["include"]) if step.get("include") else "projections"
-        told.append(f"{step.get('step')}: {step.get('method')} {how} of the {where}")
-    return "; ".join(told) or subject.made.verb
+def _families(members: Sequence[Member]) -> list[list[Member]]:
+    groups: dict[frozenset[str], list[Member]] = {}
+    for member in members:
+        groups.setdefault(member.checkpoint.family, []).append(member)
+    return list(groups.values())
 
 
-def _tasks(subjects: Sequence[Subject]) -> list[tuple[str, list[Any]]]:
-    """Task by task, the score of every model."""
-    scores = [
-        {(score.task, score.metric): score for score in each.evaluated.summary.tasks} if each.evaluated else {}
-        for each in subjects
-    ]
-    names = list(dict.fromkeys(name for found in scores for name in found))
-    return [(f"{task} · {metric}", [found.get((task, metric)) for found in scores]) for task, metric in names]
+def _family(members: Sequence[Member]) -> Family:
+    text = _common(members, "likelihood")
+    return Family(
+        name=members[0].label,
+        legend=tuple((figures.mark(each.mark), each.label, each.done) for each in members),
+        text=text.about if text else "",
+        glance=tables.glance(members, text, _hardest(members)),
+        quality=tuple(drawings.quality(members, text)) if text else (),
+        measures=tables.measures(members),
+        accuracies=tuple(drawings.accuracies(members)),
+        speed=tables.speed(members),
+        layers=(*drawings.layers(members), *drawings.grids(members)),
+        coverage=tables.covered(members),
+        stories=tuple(_story(each) for each in members if each.checkpoint.made),
+        environment=tables.environment(members),
+        hashes=tables.hashes(members),
+        masked=any(each.checkpoint.made and each.checkpoint.made.manifest.sparsity for each in members),
+    )
 
 
-def _charts(subjects: Sequence[Subject]) -> list[tuple[str, str, str]]:
-    """Title, what it shows in words, and the drawing of every chart there are numbers for."""
-    from ssmcompress.report import figures
+def _common(members: Sequence[Member], group: str) -> Measure | None:
+    """The measure of a group that most members have; evaluations come before quick looks."""
+    every = dict.fromkeys(measure for member in members for measure in member.figures if measure.group == group)
+    held = {measure: sum(measure in member.figures for member in members) for measure in every}
+    return max(held, key=lambda measure: (held[measure], measure.key[0] == "text"), default=None)
 
-    shades = [figures.colour(i) for i in range(len(subjects))]
-    found = []
-    if points := _tradeoff(subjects, shades):
-        told = "Rise of bits per byte over the dense model, paired by document, with 95 % intervals."
-        found.append(("Quality against size", told, figures.tradeoff(points, "bits per byte against dense, %")))
-    if errors := [
-        (each.label, shade, [layer + 1 for layer, _ in each.errors], [error for _, error in each.errors])
-        for each, shade in zip(subjects, shades, strict=True)
-        if each.errors
-    ]:
-        told = (
-            "How far the residual stream behind each block moves from that of the dense block, on the calibration text."
+
+def _hardest(members: Sequence[Member]) -> list[Measure]:
+    """Of each probe, its heaviest load; evaluations before quick looks."""
+    every = dict.fromkeys(measure for member in members for measure in member.figures if measure.group == "memory")
+    where = {measure.key[0] for measure in every}
+    found: dict[str, Measure] = {}
+    for measure in every:
+        place, probe, load, _ = measure.key
+        if place == ("eval" if "eval" in where else "look") and (probe not in found or load > found[probe].key[2]):
+            found[probe] = measure
+    return list(found.values())
+
+
+def _story(member: Member) -> Story:
+    made = member.checkpoint.made
+    assert made is not None
+    yaml = made.recipe.to_yaml() if made.recipe else ""
+    return Story(member.label, figures.mark(member.mark), tuple(words.sentences(made)), yaml)
+
+
+def _resource(name: str) -> str:
+    return files("ssmcompress.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _permitted(target: Path, overwrite: bool) -> Path:
+    """The path to write; InputError for what is there and may not be replaced."""
+    if any((parent / manifest.NAME).exists() for parent in target.resolve().parents):
+        raise InputError(
+            f"{target} would lie in a model's folder, whose files are all accounted for.", hint="Choose another --out."
         )
-        found.append(("Error by layer", told, figures.lines(errors, "block", "relative change")))
-    for kind, title, x in ((COPIES, "Copying words", "words"), (LOOKUPS, "Finding values by key", "pairs")):
-        probes = [_probes(each, kind) for each in subjects]
-        memory = [
-            (each.label, shade, [p["load"] for p in seen], [p["accuracy"] for p in seen])
-            for each, shade, seen in zip(subjects, shades, probes, strict=True)
-            if seen
-        ]
-        if memory:
-            first = next(filter(None, probes))
-            chance = [p["load"] for p in first], [p["chance"] for p in first]
-            told = "Accuracy by load; dotted: chance. Perplexity does not show what is lost here."
-            found.append((title, told, figures.lines(memory, x, "accuracy", chance=chance)))
-    return found
+    if not target.exists():
+        return target
+    if target.is_dir():
+        raise InputError(f"{target} is a folder.", hint="Name a file: --out report.html.")
+    if not overwrite:
+        raise InputError(f"{target} exists already.", hint="Choose another --out, or replace it with --overwrite.")
+    if GENERATOR.encode() not in target.read_bytes()[:4096]:
+        raise InputError(
+            f"{target} is no report of ssmcompress, and is not replaced.",
+            hint="Choose another --out, or remove it yourself.",
+        )
+    return target
 
 
-def _tradeoff(subjects: Sequence[Subject], shades: Sequence[str]) -> list[Any]:
-    """The models whose likelihood was compared with that of the dense one, and the dense ones, which stand at zero."""
-    points, origins = [], {str(each.made.source.sha256) for each in subjects if each.made and each.against}
-    for each, shade in zip(subjects, shades, strict=True):
-        found = next((row for row in each.against if row.measure == "text/bits_per_byte"), None)
-        if each.nonzero is None:
-            continue
-        if found is not None and found.interval is not None:
-            low, high = (100 * end for end in found.interval)
-            points.append((each.label, shade, each.nonzero / 1e6, 100 * found.change, (low, high)))
-        elif each.made is None and str(each.weights) in origins:
-            points.append((each.label, shade, each.nonzero / 1e6, 0.0, (0.0, 0.0)))
-    return points if len(points) > 1 else []
-
-
-def _probes(subject: Subject, kind: str) -> list[dict[str, Any]]:
-    """The memory probes of one kind, by load."""
-    return [p for p in (subject.evaluated.summary.recall if subject.evaluated else ()) if p["probe"] == kind]
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1%}"
+def _write(target: Path, page: str) -> None:
+    """Writes the page under another name, and gives it its own when it is whole."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{target.parent} is no folder.", hint="Choose another --out.") from None
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
+        partial = Path(work) / target.name
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)

@@ -15,7 +15,10 @@ from ssmcompress.errors import BackendError, GateError, InputError, UnsupportedE
 from ssmcompress.events import Note, Table
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
 
-VERBS = {"prune", "plan", "apply", "eval", "generate", "compare", "convert", "doctor", "models", "run", "recipes"}
+VERBS = {
+    *("prune", "plan", "apply", "eval", "generate", "compare"),
+    *("convert", "doctor", "models", "report", "run", "recipes"),
+}
 NEEDED = {
     "prune": ["prune", "MODEL", "--out", "out"],
     "plan": ["plan", "MODEL"],
@@ -25,6 +28,7 @@ NEEDED = {
     "generate": ["generate", "MODEL", "--prompt", "Once"],
     "compare": ["compare", "A", "B"],
     "convert": ["convert", "MODEL", "--to", "mamba-ssm", "--out", "out"],
+    "report": ["report", "A", "B"],
     "doctor": ["doctor"],
     "models": ["models"],
 }
@@ -113,7 +117,8 @@ def test_each_option_is_an_argument_with_the_same_default(calls, name):
     run(*NEEDED[name])
     given = calls[0][1]
     function = getattr(import_module(ssmcompress.FUNCTIONS[name]), name)
-    parameters = dict(inspect.signature(function).parameters)
+    listed = inspect.signature(function).parameters.values()
+    parameters = {"results" if each.kind == each.VAR_POSITIONAL else each.name: each for each in listed}
     if parameters.pop("options", None):  # those of a pruning recipe, whose schema has the defaults
         options = {key: given.pop(key) for key in PruneOptions.__annotations__ if key in given}
         assert PruneOptions.__annotations__.keys() - options.keys() == {"modules"}  # a table has no place on a line

@@ -1,0 +1,122 @@
+"""Which charts the page has, and what is said of them."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ssmcompress.report import figures, words
+from ssmcompress.report.figures import Point, Share
+from ssmcompress.report.measures import Measure
+from ssmcompress.report.tables import Member
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart with its title and what is to be said of it."""
+
+    title: str
+    svg: str
+    words: str
+
+
+def quality(members: Sequence[Member], text: Measure) -> Iterable[Drawing]:
+    """Bits per byte against size, and its paired change against dense."""
+    sized = [(each, each.checkpoint.nonzero or each.checkpoint.params) for each in members if text in each.figures]
+    placed = [(member, size) for member, size in sized if size]
+    if len(placed) < 2:
+        return
+    unit, word, _ = next(unit for unit in (*words.UNITS, (1.0, "", "")) if max(size for _, size in placed) >= unit[0])
+    x_words = f"parameters that are not zero{f', {word}s' if word else ''}"
+    points, changes = [], []
+    for member, size in placed:
+        figure, x = member.figures[text], size / unit
+        low, high = figure.interval or (None, None)
+        points.append(Point(member.label, member.mark, x, figure.value, low, high))
+        if figure.change is not None:
+            low, high = figure.change.interval or (None, None)
+            changes.append(Point(member.label, member.mark, x, figure.change.value, low, high))
+        elif member.checkpoint.source is None:
+            changes.append(Point(member.label, member.mark, x, 0.0))
+    told = "; ".join(f"{point.label} {point.y:.4f}" for point in points)
+    yield Drawing(
+        "Bits per byte",
+        figures.scatter(points, x_words, "bits per byte (lower is better)", f"Bits per byte by size: {told}."),
+        "Bars are 95 % intervals over documents. They hold how much documents differ, which all models share.",
+    )
+    if len(changes) > 1 and any(point.low is not None for point in changes):
+        told = "; ".join(f"{point.label} {point.y:+.4f}" for point in changes)
+        chart = figures.scatter(changes, x_words, "bits per byte, change", f"Change by size: {told}.", zero=True)
+        what = "Document by document, so that what they share falls out: bars are paired 95 % intervals."
+        yield Drawing("Change against dense", chart, what)
+
+
+def accuracies(members: Sequence[Member]) -> Iterable[Drawing]:
+    """Right answers in memory probes and tasks, every model beside the others, and chance."""
+    every = list(dict.fromkeys(measure for member in members for measure in member.figures))
+    place = "eval" if any(measure.key[0] == "eval" for measure in every) else "look"
+    memory = [measure for measure in every if measure.group == "memory" and measure.key[0] == place]
+    tasks = [measure for measure in every if measure.group == "tasks"]
+    for title, measures in (("Memory probes", memory), ("Tasks", tasks)):
+        groups: dict[str, list[Share]] = {}
+        chances: dict[str, float | None] = {}
+        for measure in measures:
+            alone = sum(measure.name == other.name for other in measures) == 1
+            name = measure.name if alone else f"{measure.name}, {measure.about}"
+            for member in members:
+                figure = member.figures.get(measure)
+                if figure is not None and figure.unit == "share" and figure.interval:
+                    row = Share(member.label, member.mark, figure.value, *figure.interval)
+                    groups.setdefault(name, []).append(row)
+                    chances[name] = figure.chance
+        if groups:
+            rows = ((name, row) for name, shares in groups.items() for row in shares)
+            told = "; ".join(f"{name}, {row.label} {row.value:.1%}" for name, row in rows)
+            guess = " The dashed line is chance." if any(each is not None for each in chances.values()) else ""
+            chart = figures.shares(groups, chances, f"{title}: {told}.")
+            yield Drawing(title, chart, f"Bars are 95 % intervals of each model by itself.{guess}")
+
+
+def layers(members: Sequence[Member]) -> Iterable[Drawing]:
+    """The relative error after each layer, where a run measured it."""
+    series = [(each.label, each.mark, each.checkpoint.made.errors) for each in members if each.checkpoint.made]
+    measured = [one for one in series if one[2]]
+    if measured:
+        worst = {name: max(errors, key=lambda layer: errors[layer]) for name, _, errors in measured}
+        told = "; ".join(f"{name}: most after layer {layer}" for name, layer in worst.items())
+        silent = [name for name, _, errors in series if not errors]
+        said = "How far the residual stream moves from what the dense layer makes of the same input."
+        said += f" Not measured for {', '.join(silent)}." if silent else ""
+        chart = figures.lines(measured, f"Relative error by layer. {told}.")
+        yield Drawing("Error by layer", chart, said)
+
+
+def grids(members: Sequence[Member]) -> Iterable[Drawing]:
+    """The kept share by module and layer, once for all members in which it is the same."""
+    same: dict[str, list[Member]] = {}
+    kept = {member.label: _kept(member) for member in members}
+    for member in members:
+        if kept[member.label]:
+            same.setdefault(json.dumps(kept[member.label]), []).append(member)
+    for group in same.values():
+        cells, names = kept[group[0].label], ", ".join(member.label for member in group)
+        told = "; ".join(f"{name} {_range(row.values())}" for name, row in cells.items())
+        chart = figures.grid(cells, f"Share of entries kept by {names}: {told}.")
+        done = ", ".join(dict.fromkeys(member.done for member in group))
+        yield Drawing("Entries kept", chart, f"{names} ({done}).")
+
+
+def _kept(member: Member) -> dict[str, dict[int, float]]:
+    """The share of entries that pruning left, by module and layer."""
+    found: dict[str, dict[int, float]] = {}
+    made = member.checkpoint.made
+    for tensor in made.manifest.tensors if made else ():
+        parts = tensor.name.split(".")
+        layer = next((int(part) for part in parts if part.isdecimal()), None)
+        if tensor.status == "pruned" and layer is not None:
+            found.setdefault(parts[-2], {})[layer] = tensor.kept
+    return found
+
+
+def _range(values: Iterable[float]) -> str:
+    low, high = min(kept := list(values)), max(kept)
+    return f"{low:.1%}" if f"{low:.1%}" == f"{high:.1%}" else f"{low:.1%} to {high:.1%}"

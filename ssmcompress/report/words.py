@@ -1,0 +1,119 @@
+"""Numbers and recipes as people read them."""
+
+from ssmcompress.events import number
+from ssmcompress.recipe import Prune, Recipe
+from ssmcompress.report.checkpoints import Made
+from ssmcompress.report.measures import Change, Figure
+
+METHODS = {"wanda": "WANDA", "magnitude": "magnitude", "sparsegpt": "SparseGPT"}
+UNITS = ((1e9, "billion", "GB"), (1e6, "million", "MB"), (1e3, "thousand", "kB"))
+NOT_MEASURED = "not measured"
+
+
+def signed(text: str) -> str:
+    """With a minus sign instead of a hyphen."""
+    return text.replace("-", "−")
+
+
+def count(value: float) -> str:
+    """A number of parameters."""
+    size, word, _ = next((unit for unit in UNITS if value >= unit[0]), (1.0, "", ""))
+    return f"{value / size:.2f} {word}" if word else f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """A number of bytes."""
+    unit, _, word = next((unit for unit in UNITS if value >= unit[0]), (1.0, "", "bytes"))
+    return f"{value / unit:.2f} {word}" if word != "bytes" else f"{value:,.0f} bytes"
+
+
+def value(figure: Figure) -> str:
+    """A figure with its interval in brackets, or its standard error after ±."""
+    if figure.unit == "share":
+        held = f" [{figure.interval[0]:.1%}, {figure.interval[1]:.1%}]" if figure.interval else ""
+        return f"{figure.value:.1%}{held}"
+    say = (lambda each: f"{each:.4f}") if figure.unit == "bits" else number
+    if figure.interval:
+        return f"{say(figure.value)} [{say(figure.interval[0])}, {say(figure.interval[1])}]"
+    return say(figure.value) + (f" ± {say(figure.standard_error)}" if figure.standard_error is not None else "")
+
+
+def change(found: Change, unit: str) -> str:
+    """A change with its interval: bits per byte, points of an accuracy, or percent of another figure."""
+
+    def say(each: float) -> str:
+        told = f"{each:+.4f}" if unit == "bits" else f"{100 * each:+,.1f}"
+        return told if float(told.replace(",", "")) else told[1:]
+
+    tail = {"bits": "", "share": "", "plain": " %"}[unit]
+    held = f" [{say(found.interval[0])}, {say(found.interval[1])}]" if found.interval else ""
+    return signed(f"{say(found.value)}{tail}{held}")
+
+
+def brief(recipe: Recipe | None, verb: str) -> str:
+    """What was done, in a few words."""
+    if recipe is None:
+        return verb
+    return ", then ".join(_brief(step) for step in recipe.steps)
+
+
+def sentences(made: Made) -> list[str]:
+    """What was done, step by step, on what text, and how it was checked."""
+    recipe, told = made.recipe, made.manifest
+    found = [] if recipe is None else [_sentence(step) for step in recipe.steps]
+    if told.verb == "apply":
+        found.append("The edits of an earlier run were applied again, without calibration of their own.")
+    if told.calibration is not None:
+        text = told.calibration
+        found.append(f"Calibrated on {text.windows} windows of {text.length} tokens of {text.source}{_mixed(recipe)}.")
+    elif recipe is not None:
+        found.append("No calibration: the scores come from the weights alone.")
+    if told.sparsity:
+        found.append(f"Of the pruned tensors, {told.sparsity:.1%} of the entries are zero as stored.")
+    if (check := told.verification) is not None:
+        sides = (("stock transformers", check.transformers), ("ssmcompress", check.ssmcompress))
+        loaded = " and ".join(f"{_tiny(gap)} in {name}" for name, gap in sides if gap is not None)
+        found.append(f"Loaded again from disk, the logits differ by {loaded} ({_tiny(check.tolerance)} is allowed).")
+    return found
+
+
+def _brief(step: Prune) -> str:
+    much = step.pattern or (f"{step.sparsity:.0%}" if step.sparsity is not None else "")
+    much += " and ratios by module" if step.modules else ""
+    where = " by row" if step.scope == "row" else ""
+    return f"{_method(step)} {much}{where}"
+
+
+def _sentence(step: Prune) -> str:
+    what = _names(step.include) if step.include else "every projection"
+    what += f" but {_names(step.exclude)}" if step.exclude else ""
+    if step.pattern:
+        kept, of = step.pattern.split(":")
+        return f"{_method(step)} keeps {kept} of every {of} inputs of {what} and sets the others to zero."
+    share = f"{step.sparsity or 0:.0%}"
+    ratios = ", ".join(f"{name} {ratio:.0%}" for name, ratio in step.modules.items())
+    others = f" ({ratios})" if ratios else ""
+    if step.method == "sparsegpt":
+        where = "the weights that stay make up for those that go"
+    elif isinstance(step.scope, dict):
+        where = "scores compete within " + ", ".join(f"each {scope} of {name}" for name, scope in step.scope.items())
+    else:
+        where = f"scores compete within each {step.scope or 'tensor'}"
+    return f"{_method(step)} sets {share} of {what} to zero{others}; {where}."
+
+
+def _method(step: Prune) -> str:
+    name = METHODS[step.method]
+    return name[0].upper() + name[1:]
+
+
+def _tiny(gap: float) -> str:
+    return signed(f"{gap:.1e}") if gap else "nothing"
+
+
+def _mixed(recipe: Recipe | None) -> str:
+    return ", with memory exercises among them" if recipe and recipe.calibrate.mix else ""
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
