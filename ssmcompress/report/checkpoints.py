@@ -165,8 +165,10 @@ def _sort(folder: Path, models: dict[Path, Made], evaluations: dict[Path, Evalua
     elif (place / results.NAME).exists():
         evaluations[place] = _evaluation(place)
     else:
-        what = "holds neither a compressed model nor an evaluation" if place.is_dir() else "is not there"
-        raise InputError(f"{folder} {what}: no {manifest.NAME}, no {results.NAME}.", hint=KINDS)
+        if not place.is_dir():
+            raise InputError(f"{folder} is {'no folder' if place.exists() else 'not there'}.", hint=KINDS)
+        neither = f"neither a compressed model ({manifest.NAME}) nor an evaluation ({results.NAME})"
+        raise InputError(f"{folder} holds {neither}.", hint=KINDS)
 
 
 def _made(folder: Path) -> Made:

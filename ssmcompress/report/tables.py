@@ -129,7 +129,8 @@ def environment(members: Sequence[Member]) -> Table:
         if made is not None:
             told = made.manifest
             dtype: str = made.recipe.dtype if made.recipe else ""
-            facts = (_pairs(told.versions), _pairs(told.backend), dtype, "" if told.seed is None else str(told.seed))
+            seed = "" if told.seed is None else f"seed {told.seed}"
+            facts = (_pairs(told.versions), _pairs(told.backend), dtype, seed)
             rows.setdefault(facts, []).append(f"{member.label} ({told.verb})")
         for found in (each.summary for each in member.checkpoint.evaluations):
             seeds = _pairs({"seed": str(found.seed)} | {name: str(seed) for name, seed in found.seeds.items()})

@@ -85,9 +85,11 @@ def test_what_is_not_there_is_not_needed(models, tmp_path):
     assert found.evaluations[0].summary.bits_per_byte is not None
 
 
-@pytest.mark.parametrize("name", ["empty", "stock", "nowhere"])
+@pytest.mark.parametrize("name", ["empty", "stock", "nowhere", "file"])
 def test_other_folders_are_refused(tmp_path, name):
-    if name != "nowhere":
+    if name == "file":
+        (tmp_path / name).write_text("{}")
+    elif name != "nowhere":
         (tmp_path / name).mkdir()
     if name == "stock":
         (tmp_path / name / "config.json").write_text("{}")

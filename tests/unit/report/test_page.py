@@ -9,7 +9,7 @@ import pytest
 
 import ssmcompress
 from ssmcompress.checkpoint.card import MASKS
-from ssmcompress.errors import InputError
+from ssmcompress.errors import InputError, ResourceError
 from ssmcompress.evaluate.results import Summary
 from ssmcompress.events import Finished
 from tests.unit.report import outputs
@@ -196,7 +196,7 @@ def test_a_write_that_fails_leaves_the_old_page(folders, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(ResourceError, match="No space left"):
         written(folders, tmp_path, overwrite=True)
     assert (tmp_path / "report.html").read_text() == first
     assert [path.name for path in tmp_path.iterdir() if "report" in path.name] == ["report.html"]
