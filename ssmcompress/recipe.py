@@ -87,6 +87,12 @@ class Prune(_Strict):
         return self
 
 
+class Save(_Strict):
+    """How the weights are written: shards of at most this size."""
+
+    shard_size: Annotated[str, Field(pattern=r"^\d+ ?[KMGT]?B$")] = "5GB"
+
+
 class Evaluation(_Strict):
     """What is measured of the dense model and of the result, each from disk: the options of the verb `eval`."""
 
@@ -124,6 +130,7 @@ class Recipe(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     calibrate: Calibration = Calibration()
     steps: tuple[Prune, ...]
+    save: Save = Save()
     eval: Evaluation | None = None
     gate: Gate | None = None
 
@@ -140,8 +147,11 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def sha256(self) -> str:
-        """A hash of what is done, whatever its spelling and description."""
-        said = self.model_dump(mode="json", exclude={"description"})
+        """A hash of what is done, whatever its spelling; a key that a new version adds changes none by its default."""
+        said = self.model_dump(mode="json", exclude={"description", "steps"}, exclude_defaults=True)
+        said["steps"] = [
+            {"step": step.step} | step.model_dump(mode="json", exclude_defaults=True) for step in self.steps
+        ]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def portable(self, model: str) -> "Recipe":
@@ -203,7 +213,13 @@ def recipe(**fields: Any) -> Recipe:
         raise RecipeError("; ".join(sentence(item) for item in error.errors()) + ".") from None
 
 
-SECTIONS: dict[str, type[_Strict]] = {"calibrate": Calibration, "steps": Prune, "eval": Evaluation, "gate": Gate}
+SECTIONS: dict[str, type[_Strict]] = {
+    "calibrate": Calibration,
+    "steps": Prune,
+    "save": Save,
+    "eval": Evaluation,
+    "gate": Gate,
+}
 
 
 def sentence(item: Any) -> str:

@@ -117,7 +117,7 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
             found = _edit(checkpoint, recipe, windows, tell, journal)
             calibration = record.described(windows)
             editing.save(found, folder / EDITS, _said(told, checkpoint, found, calibration))
-            zeros, verification = _write(checkpoint, found, folder)
+            zeros, verification = _write(checkpoint, found, folder, recipe)
             after = _look(_reload(folder, recipe), recipe, tell) if measure else None
             if before is not None and after is not None:
                 tell_change(before, after, tell)
@@ -161,7 +161,7 @@ def apply(
             with torch.no_grad():
                 editing.apply(loaded.items, dict(checkpoint.model.named_parameters()))
             editing.save(loaded.items, folder / EDITS, loaded.metadata)
-            zeros, verification = _write(checkpoint, loaded.items, folder)
+            zeros, verification = _write(checkpoint, loaded.items, folder, recipe)
             tell(Note(f"Applied {len(loaded.items)} edits."))
             tensors = coverage(checkpoint.arch, checkpoint.stored, loaded.items, recipe.steps, zeros)
         made: dict[str, Any] = {"calibration": calibration, "verification": verification}
@@ -279,7 +279,9 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> data.Win
     return found
 
 
-def _write(checkpoint: Checkpoint, found: Sequence[Edit], folder: Path) -> tuple[dict[str, int], Verification]:
+def _write(
+    checkpoint: Checkpoint, found: Sequence[Edit], folder: Path, recipe: Recipe
+) -> tuple[dict[str, int], Verification]:
     """Writes the source's own bytes with the edits on them, one tensor at a time, and proves that they load.
 
     Returns the number of zeros in every tensor as written, too.
@@ -295,7 +297,7 @@ def _write(checkpoint: Checkpoint, found: Sequence[Edit], folder: Path) -> tuple
         return tensors[name]
 
     shapes = {name: torch.empty(weights.shape(name), dtype=weights.dtype(name), device="meta") for name in weights}
-    write(checkpoint, folder, shapes, value=value)
+    write(checkpoint, folder, shapes, value=value, shard_size=recipe.save.shard_size)
     return zeros, verify(folder, _exact(checkpoint, found))
 
 

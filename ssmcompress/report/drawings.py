@@ -46,7 +46,8 @@ def quality(members: Sequence[Member], text: Measure) -> Iterable[Drawing]:
     if len(changes) > 1 and any(point.low is not None for point in changes):
         told = "; ".join(f"{point.label} {point.y:+.4f}" for point in changes)
         chart = figures.scatter(changes, x_words, "bits per byte, change", f"Change by size: {told}.", zero=True)
-        what = "Document by document, so that what they share falls out: bars are paired 95 % intervals."
+        what = "Document by document, so that what they share falls out: bars are paired 95 % intervals. "
+        what += "Points of one size stand side by side."
         yield Drawing("Change against dense", chart, what)
 
 

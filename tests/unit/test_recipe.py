@@ -29,6 +29,7 @@ def test_every_default_is_written_out():
                 "modules": {},
             }
         ],
+        "save": {"shard_size": "5GB"},
         "eval": None,
         "gate": None,
     }

@@ -222,3 +222,11 @@ def test_edits_that_do_not_fit_change_nothing(folder, text, tmp_path):
     with pytest.raises(InputError):
         ssmcompress.apply(tmp_path / "first" / "edits.safetensors", str(tmp_path / "other"), out=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"first", "other"}
+
+
+def test_shards_are_as_large_as_the_recipe_says(folder, tmp_path):
+    steps = [MAGNITUDE]
+    made = ssmcompress.run(recipe(model=str(folder), steps=steps, save={"shard_size": "20KB"}), out=tmp_path / "out")
+    assert (made.folder / "model.safetensors.index.json").exists() and len(Shards(made.folder).weight_files) > 1
+    ssmcompress.apply(made.folder / "edits.safetensors", str(folder), out=tmp_path / "again")
+    assert manifest.hashes(made.folder) == manifest.hashes(tmp_path / "again")
