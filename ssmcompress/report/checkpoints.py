@@ -108,8 +108,8 @@ class Evaluation:
 class Checkpoint:
     """A model: its name on the page, the hashes of its weights, how it was made and what it is worth.
 
-    `params` counts all parameters, zeros too. `source` is the dense one it was made from; None for a dense one, and
-    where no folder tells of it.
+    `params` counts all parameters, zeros too; `dense` where nothing tells of a compression. `source` is the dense one it
+    was made from; None for a dense one, and where no folder tells of it.
     """
 
     label: str
@@ -120,6 +120,7 @@ class Checkpoint:
     evaluations: tuple[Evaluation, ...] = ()
     params: int | None = None
     weight_bytes: int | None = None
+    dense: bool = False
     source: "Checkpoint | None" = field(default=None, compare=False)
 
     @property
@@ -208,15 +209,16 @@ def _compressed(folder: Path, made: Made) -> Checkpoint:
     sizes = {name: weights.shape(name).numel() for name in weights}
     stored = sum(size * weights.dtype(name).itemsize for name, size in sizes.items())
     looks = (made.looks.after,) if made.looks else ()
-    size = sum(sizes.values())
+    # a layout may store a tied weight twice
+    size = sum(tensor.size for tensor in made.manifest.tensors) or sum(sizes.values())
     return Checkpoint(folder.name, frozenset(files), folder, made, looks, params=size, weight_bytes=stored)
 
 
 def _unmade(found: Evaluation, weights: frozenset[str]) -> Checkpoint:
     """A checkpoint of which only an evaluation is known."""
     told = found.summary
-    name, folder = told.label or told.model, found.results.folder
-    return Checkpoint(name, weights, folder, params=told.params, weight_bytes=told.weight_bytes)
+    name, folder, dense = told.label or told.model, found.results.folder, told.source is None
+    return Checkpoint(name, weights, folder, params=told.params, weight_bytes=told.weight_bytes, dense=dense)
 
 
 def _with_sources(known: dict[frozenset[str], Checkpoint]) -> list[Checkpoint]:
@@ -226,10 +228,12 @@ def _with_sources(known: dict[frozenset[str], Checkpoint]) -> list[Checkpoint]:
             origin = each.made.manifest.source
             weights = frozenset(origin.sha256.values())
             # masks change neither the number of parameters nor their bytes
-            unseen = Checkpoint(origin.name, weights, params=each.params, weight_bytes=each.weight_bytes)
-            dense = known.get(weights, unseen)
-            looks = (each.made.looks.before,) if each.made.looks and not dense.made else ()
-            known[weights] = replace(dense, looks=_distinct((*dense.looks, *looks)))
+            size = None if each.made.manifest.verb == "convert" else each.weight_bytes
+            dense = not each.made.manifest.earlier
+            unseen = Checkpoint(origin.name, weights, params=each.params, weight_bytes=size, dense=dense)
+            before = known.get(weights, unseen)
+            looks = (each.made.looks.before,) if each.made.looks and not before.made else ()
+            known[weights] = replace(before, looks=_distinct((*before.looks, *looks)))
     roots = [each for each in known.values() if _origin(each, known) is None]
     ordered: list[Checkpoint] = []
 

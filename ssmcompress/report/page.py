@@ -96,14 +96,10 @@ def render(checkpoints: Sequence[Checkpoint], emit: Emit = ignore) -> str:
 def _members(checkpoints: Sequence[Checkpoint], emit: Emit) -> Iterable[Member]:
     marks: dict[frozenset[str], int] = {}
     for each in checkpoints:
-        number = marks.get(each.family, 0 if _dense(each) else 1)
+        number = marks.get(each.family, 0 if each.dense else 1)
         marks[each.family] = number + 1
         yield Member(each, number, figures_of(each))
         emit(Advance())
-
-
-def _dense(each: Checkpoint) -> bool:
-    return each.made is None and not any(found.summary.source for found in each.evaluations)
 
 
 def _families(members: Sequence[Member]) -> list[list[Member]]:

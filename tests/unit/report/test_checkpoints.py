@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+import ssmcompress
 from ssmcompress.errors import InputError
 from ssmcompress.report.checkpoints import read
 from tests.unit.report import outputs
@@ -26,6 +27,22 @@ def test_the_dense_model_is_there_without_an_evaluation(models):
     dense, found = read([models["wanda"]])
     assert dense.made is None and dense.params == found.params and dense.weight_bytes == found.weight_bytes
     assert found.nonzero < found.params
+
+
+def test_a_source_that_is_not_given_may_be_compressed_itself(models, tmp_path):
+    wanda = models["wanda"]
+    assert read([wanda])[0].dense
+    again = tmp_path / "again"
+    ssmcompress.prune(str(wanda), method="magnitude", sparsity=0.6, out=again, no_eval=True)
+    source, found = read([again])
+    assert (source.label, source.dense, found.dense) == ("wanda", False, False)
+    assert [each.label for each in read([again, wanda])] == ["source", "wanda", "again"]
+
+
+def test_a_layout_that_stores_a_weight_twice_has_no_more_parameters(models, tmp_path):
+    ssmcompress.convert(str(models["wanda"]), to="mamba-ssm", out=tmp_path / "other")
+    _, source, found = read([tmp_path / "other", models["wanda"]])
+    assert found.params == source.params and found.nonzero == source.nonzero
 
 
 def test_zeros_are_those_of_the_manifest(models):

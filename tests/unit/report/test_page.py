@@ -133,6 +133,12 @@ def test_any_part_may_be_missing(folders, tmp_path, chosen):
     assert "NaN" not in page.text and "None" not in page.text
 
 
+def test_figures_on_another_text_do_not_stand_in_one_column(folders, tmp_path):
+    extra = outputs.evaluation(tmp_path / "r2", {"m": "2f" * 32}, "x", source="source", text_sha256="8f" * 32)
+    text = Page(written([*folders, extra], tmp_path)).text
+    assert "compressed; its folder was not given" in text and text.count("on other text") == 1
+
+
 def test_a_model_alone_shows_its_own_figures(folders, tmp_path):
     text = Page(written([folders[1]], tmp_path)).text
     assert "first 512 tokens" in text and "55.0%" in text and "97.0%" in text
