@@ -108,8 +108,8 @@ class Evaluation:
 class Checkpoint:
     """A model: its name on the page, the hashes of its weights, how it was made and what it is worth.
 
-    `params` counts all parameters, zeros too; `dense` where nothing tells of a compression. `source` is the dense one it
-    was made from; None for a dense one, and where no folder tells of it.
+    `params` counts all parameters, zeros too; `dense` where nothing tells of a compression. `source` is the dense one
+    that it was made from; None for a dense one, and where no folder tells of it.
     """
 
     label: str
@@ -255,7 +255,7 @@ def _origin(each: Checkpoint, known: Mapping[frozenset[str], Checkpoint]) -> Che
         found = known.get(frozenset(each.made.manifest.source.sha256.values()))
         return None if found is each else found
     name = next((found.summary.source for found in each.evaluations if found.summary.source), None)
-    named = [other for other in known.values() if name and other is not each and other.made is None]
+    named = [other for other in known.values() if name and other is not each and other.dense]
     same = [other for other in named if any(found.summary.model == name for found in other.evaluations)]
     return same[0] if len(same) == 1 else None
 

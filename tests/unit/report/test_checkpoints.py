@@ -66,6 +66,13 @@ def test_a_compressed_model_known_by_its_evaluation_finds_its_source_by_name(tmp
     assert (first.label, second.label) == ("hub/model", "pruned") and second.source.label == "hub/model"
 
 
+def test_models_named_like_their_source_are_all_there(tmp_path):
+    given = [
+        outputs.evaluation(tmp_path / f"r{i}", {"model.safetensors": f"{i}f" * 32}, "m", source="m") for i in range(2)
+    ]
+    assert [(each.label, each.dense) for each in read(given)] == [("m", False), ("m", False)]
+
+
 def test_evaluations_inside_a_model_folder_are_found(models):
     wanda = models["wanda"]
     outputs.evaluation(wanda / "eval" / "dense", outputs.source_of(wanda), "source")
