@@ -108,8 +108,8 @@ class Evaluation:
 class Checkpoint:
     """A model: its name on the page, the hashes of its weights, how it was made and what it is worth.
 
-    `params` counts all parameters, zeros too. `source` is the dense one it was made from; None for a dense one, and
-    where no folder tells of it.
+    `params` counts all parameters, zeros too; `dense` where nothing tells of a compression. `source` is the dense one
+    that it was made from; None for a dense one, and where no folder tells of it.
     """
 
     label: str
@@ -120,6 +120,7 @@ class Checkpoint:
     evaluations: tuple[Evaluation, ...] = ()
     params: int | None = None
     weight_bytes: int | None = None
+    dense: bool = False
     source: "Checkpoint | None" = field(default=None, compare=False)
 
     @property
@@ -165,8 +166,10 @@ def _sort(folder: Path, models: dict[Path, Made], evaluations: dict[Path, Evalua
     elif (place / results.NAME).exists():
         evaluations[place] = _evaluation(place)
     else:
-        what = "holds neither a compressed model nor an evaluation" if place.is_dir() else "is not there"
-        raise InputError(f"{folder} {what}: no {manifest.NAME}, no {results.NAME}.", hint=KINDS)
+        if not place.is_dir():
+            raise InputError(f"{folder} is {'no folder' if place.exists() else 'not there'}.", hint=KINDS)
+        neither = f"neither a compressed model ({manifest.NAME}) nor an evaluation ({results.NAME})"
+        raise InputError(f"{folder} holds {neither}.", hint=KINDS)
 
 
 def _made(folder: Path) -> Made:
@@ -206,15 +209,16 @@ def _compressed(folder: Path, made: Made) -> Checkpoint:
     sizes = {name: weights.shape(name).numel() for name in weights}
     stored = sum(size * weights.dtype(name).itemsize for name, size in sizes.items())
     looks = (made.looks.after,) if made.looks else ()
-    size = sum(sizes.values())
+    # a layout may store a tied weight twice
+    size = sum(tensor.size for tensor in made.manifest.tensors) or sum(sizes.values())
     return Checkpoint(folder.name, frozenset(files), folder, made, looks, params=size, weight_bytes=stored)
 
 
 def _unmade(found: Evaluation, weights: frozenset[str]) -> Checkpoint:
     """A checkpoint of which only an evaluation is known."""
     told = found.summary
-    name, folder = told.label or told.model, found.results.folder
-    return Checkpoint(name, weights, folder, params=told.params, weight_bytes=told.weight_bytes)
+    name, folder, dense = told.label or told.model, found.results.folder, told.source is None
+    return Checkpoint(name, weights, folder, params=told.params, weight_bytes=told.weight_bytes, dense=dense)
 
 
 def _with_sources(known: dict[frozenset[str], Checkpoint]) -> list[Checkpoint]:
@@ -224,10 +228,12 @@ def _with_sources(known: dict[frozenset[str], Checkpoint]) -> list[Checkpoint]:
             origin = each.made.manifest.source
             weights = frozenset(origin.sha256.values())
             # masks change neither the number of parameters nor their bytes
-            unseen = Checkpoint(origin.name, weights, params=each.params, weight_bytes=each.weight_bytes)
-            dense = known.get(weights, unseen)
-            looks = (each.made.looks.before,) if each.made.looks and not dense.made else ()
-            known[weights] = replace(dense, looks=_distinct((*dense.looks, *looks)))
+            size = None if each.made.manifest.verb == "convert" else each.weight_bytes
+            dense = not each.made.manifest.earlier
+            unseen = Checkpoint(origin.name, weights, params=each.params, weight_bytes=size, dense=dense)
+            before = known.get(weights, unseen)
+            looks = (each.made.looks.before,) if each.made.looks and not before.made else ()
+            known[weights] = replace(before, looks=_distinct((*before.looks, *looks)))
     roots = [each for each in known.values() if _origin(each, known) is None]
     ordered: list[Checkpoint] = []
 
@@ -249,7 +255,7 @@ def _origin(each: Checkpoint, known: Mapping[frozenset[str], Checkpoint]) -> Che
         found = known.get(frozenset(each.made.manifest.source.sha256.values()))
         return None if found is each else found
     name = next((found.summary.source for found in each.evaluations if found.summary.source), None)
-    named = [other for other in known.values() if name and other is not each and other.made is None]
+    named = [other for other in known.values() if name and other is not each and other.dense]
     same = [other for other in named if any(found.summary.model == name for found in other.evaluations)]
     return same[0] if len(same) == 1 else None
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import ssmcompress
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.card import MASKS
-from ssmcompress.errors import InputError
+from ssmcompress.errors import InputError, ResourceError
 from ssmcompress.events import Advance, Emit, Finished, Phase, ignore
 from ssmcompress.report import drawings, figures, tables, words
 from ssmcompress.report.checkpoints import Checkpoint, read
@@ -56,7 +56,8 @@ class Family:
 def report(*folders: str | Path, out: str | Path = "report.html", overwrite: bool = False, emit: Emit = ignore) -> Path:
     """Writes an HTML page of model folders and evaluation folders, given in any order.
 
-    Raises InputError for a folder of neither kind, one that is damaged, or an `out` that exists.
+    Raises InputError for a folder of neither kind, one that is damaged, or an `out` that exists, ResourceError where it
+    cannot be written.
     """
     if not folders:
         raise InputError(
@@ -95,14 +96,10 @@ def render(checkpoints: Sequence[Checkpoint], emit: Emit = ignore) -> str:
 def _members(checkpoints: Sequence[Checkpoint], emit: Emit) -> Iterable[Member]:
     marks: dict[frozenset[str], int] = {}
     for each in checkpoints:
-        number = marks.get(each.family, 0 if _dense(each) else 1)
+        number = marks.get(each.family, 0 if each.dense else 1)
         marks[each.family] = number + 1
         yield Member(each, number, figures_of(each))
         emit(Advance())
-
-
-def _dense(each: Checkpoint) -> bool:
-    return each.made is None and not any(found.summary.source for found in each.evaluations)
 
 
 def _families(members: Sequence[Member]) -> list[list[Member]]:
@@ -183,15 +180,17 @@ def _permitted(target: Path, overwrite: bool) -> Path:
 
 
 def _write(target: Path, page: str) -> None:
-    """Writes the page under another name, and gives it its own when it is whole."""
+    """Writes the page under another name, and gives it its own when it is whole; ResourceError where it cannot be."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
+            partial = Path(work) / target.name
+            with partial.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(page)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"{target.parent} is no folder.", hint="Choose another --out.") from None
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
-        partial = Path(work) / target.name
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+    except OSError as error:
+        raise ResourceError(f"{target} cannot be written: {error.strerror}.", hint="Choose another --out.") from error

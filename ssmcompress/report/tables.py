@@ -31,10 +31,10 @@ class Table:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """How each column is set: as words where all of its cells are, else as numbers."""
+        """How each column is set: as words where its cells are, else as numbers."""
         whole = [row for row in self.rows if len(row) == len(self.columns)]
-        wordy = [all(row[i].kind != "number" for row in whole) for i in range(len(self.columns))]
-        return tuple("words" if each else "number" for each in wordy)
+        kinds = [{row[i].kind for row in whole} - {"muted"} for i in range(len(self.columns))]
+        return tuple("words" if each and "number" not in each else "number" for each in kinds)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Member:
         made = self.checkpoint.made
         if made is not None:
             return words.brief(made.recipe, made.manifest.verb)
-        told = any(each.summary.source for each in self.checkpoint.evaluations)
-        return "compressed; its folder was not given" if told else "dense"
+        return "dense" if self.checkpoint.dense else "compressed; its folder was not given"
 
 
 def glance(members: Sequence[Member], text: Measure | None, probes: Sequence[Measure]) -> Table:
@@ -67,7 +66,9 @@ def glance(members: Sequence[Member], text: Measure | None, probes: Sequence[Mea
     rows = []
     for member in members:
         figure = member.figures.get(text) if text else None
-        row = [Cell(member.label, (member.done,), "words"), _left(member), _stored(member), _figure(figure)]
+        elsewhere = any(measure.group == "likelihood" for measure in member.figures) and figure is None
+        bits = Cell("on other text", kind="muted") if elsewhere else _figure(figure)
+        row = [Cell(member.label, (member.done,), "words"), _left(member), _stored(member), bits]
         if len(members) > 1:
             row.append(_change(figure))
         rows.append((*row, *(_figure(member.figures.get(probe)) for probe in probes), _decoding(member)))
@@ -129,7 +130,8 @@ def environment(members: Sequence[Member]) -> Table:
         if made is not None:
             told = made.manifest
             dtype: str = made.recipe.dtype if made.recipe else ""
-            facts = (_pairs(told.versions), _pairs(told.backend), dtype, "" if told.seed is None else str(told.seed))
+            seed = "" if told.seed is None else f"seed {told.seed}"
+            facts = (_pairs(told.versions), _pairs(told.backend), dtype, seed)
             rows.setdefault(facts, []).append(f"{member.label} ({told.verb})")
         for found in (each.summary for each in member.checkpoint.evaluations):
             seeds = _pairs({"seed": str(found.seed)} | {name: str(seed) for name, seed in found.seeds.items()})

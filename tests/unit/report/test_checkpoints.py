@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+import ssmcompress
 from ssmcompress.errors import InputError
 from ssmcompress.report.checkpoints import read
 from tests.unit.report import outputs
@@ -28,6 +29,22 @@ def test_the_dense_model_is_there_without_an_evaluation(models):
     assert found.nonzero < found.params
 
 
+def test_a_source_that_is_not_given_may_be_compressed_itself(models, tmp_path):
+    wanda = models["wanda"]
+    assert read([wanda])[0].dense
+    again = tmp_path / "again"
+    ssmcompress.prune(str(wanda), method="magnitude", sparsity=0.6, out=again, no_eval=True)
+    source, found = read([again])
+    assert (source.label, source.dense, found.dense) == ("wanda", False, False)
+    assert [each.label for each in read([again, wanda])] == ["source", "wanda", "again"]
+
+
+def test_a_layout_that_stores_a_weight_twice_has_no_more_parameters(models, tmp_path):
+    ssmcompress.convert(str(models["wanda"]), to="mamba-ssm", out=tmp_path / "other")
+    _, source, found = read([tmp_path / "other", models["wanda"]])
+    assert found.params == source.params and found.nonzero == source.nonzero
+
+
 def test_zeros_are_those_of_the_manifest(models):
     told = json.loads((models["wanda"] / "ssmcompress.json").read_text())["tensors"]
     sizes = {tensor["name"]: math.prod(tensor["shape"]) for tensor in told}
@@ -47,6 +64,13 @@ def test_a_compressed_model_known_by_its_evaluation_finds_its_source_by_name(tmp
     other = outputs.evaluation(tmp_path / "b", {"model.safetensors": "2f" * 32}, "pruned", source="hub/model")
     first, second = read([other, dense])
     assert (first.label, second.label) == ("hub/model", "pruned") and second.source.label == "hub/model"
+
+
+def test_models_named_like_their_source_are_all_there(tmp_path):
+    given = [
+        outputs.evaluation(tmp_path / f"r{i}", {"model.safetensors": f"{i}f" * 32}, "m", source="m") for i in range(2)
+    ]
+    assert [(each.label, each.dense) for each in read(given)] == [("m", False), ("m", False)]
 
 
 def test_evaluations_inside_a_model_folder_are_found(models):
@@ -85,9 +109,11 @@ def test_what_is_not_there_is_not_needed(models, tmp_path):
     assert found.evaluations[0].summary.bits_per_byte is not None
 
 
-@pytest.mark.parametrize("name", ["empty", "stock", "nowhere"])
+@pytest.mark.parametrize("name", ["empty", "stock", "nowhere", "file"])
 def test_other_folders_are_refused(tmp_path, name):
-    if name != "nowhere":
+    if name == "file":
+        (tmp_path / name).write_text("{}")
+    elif name != "nowhere":
         (tmp_path / name).mkdir()
     if name == "stock":
         (tmp_path / name / "config.json").write_text("{}")

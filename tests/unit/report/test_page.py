@@ -9,7 +9,7 @@ import pytest
 
 import ssmcompress
 from ssmcompress.checkpoint.card import MASKS
-from ssmcompress.errors import InputError
+from ssmcompress.errors import InputError, ResourceError
 from ssmcompress.evaluate.results import Summary
 from ssmcompress.events import Finished
 from tests.unit.report import outputs
@@ -133,6 +133,12 @@ def test_any_part_may_be_missing(folders, tmp_path, chosen):
     assert "NaN" not in page.text and "None" not in page.text
 
 
+def test_figures_on_another_text_do_not_stand_in_one_column(folders, tmp_path):
+    extra = outputs.evaluation(tmp_path / "r2", {"m": "2f" * 32}, "x", source="source", text_sha256="8f" * 32)
+    text = Page(written([*folders, extra], tmp_path)).text
+    assert "compressed; its folder was not given" in text and text.count("on other text") == 1
+
+
 def test_a_model_alone_shows_its_own_figures(folders, tmp_path):
     text = Page(written([folders[1]], tmp_path)).text
     assert "first 512 tokens" in text and "55.0%" in text and "97.0%" in text
@@ -196,7 +202,7 @@ def test_a_write_that_fails_leaves_the_old_page(folders, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(ResourceError, match="No space left"):
         written(folders, tmp_path, overwrite=True)
     assert (tmp_path / "report.html").read_text() == first
     assert [path.name for path in tmp_path.iterdir() if "report" in path.name] == ["report.html"]
