@@ -196,7 +196,10 @@ def read(folder: str | Path) -> Results:
             f"{folder} holds no results that can be read: {str(error).splitlines()[0]}.", hint=hint
         ) from None
     chances = {f"{score.task}/{score.metric}": score.chance for score in summary.tasks}
-    chances |= {f"recall/{probe['probe']}-{probe['load']}": probe["chance"] for probe in summary.recall}
+    try:
+        chances |= {f"recall/{probe['probe']}-{probe['load']}": probe["chance"] for probe in summary.recall}
+    except KeyError as error:
+        raise InputError(f"{folder / NAME} has a memory probe without {error}.", hint=hint) from None
     found: dict[str, list[Item]] = {}
     for item in items:
         found.setdefault(item.measure, []).append(item)

@@ -5,19 +5,9 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from ssmcompress.evaluate.results import Summary
-
-LEAST = {
-    "model": "m",
-    "model_sha256": {},
-    "versions": {},
-    "backend": {},
-    "dtype": "torch.float32",
-    "seed": 0,
-    "params": 1,
-    "weight_bytes": 4,
-    "state_bytes": 0,
-}
+from ssmcompress.errors import InputError
+from ssmcompress.evaluate.results import Summary, read
+from tests.unit.evaluate.folders import LEAST
 
 
 def test_what_was_not_measured_is_null():
@@ -35,3 +25,10 @@ def test_unknown_fields_and_versions_are_refused():
 def test_it_comes_back_from_json():
     made = Summary(**LEAST, bits_per_byte=1.5, bits_per_byte_interval=(1.4, 1.6), recall=({"probe": "copy"},))
     assert Summary.model_validate_json(made.model_dump_json()) == made
+
+
+def test_a_probe_that_says_too_little_is_refused(tmp_path):
+    (tmp_path / "summary.json").write_text(Summary(**LEAST | {"recall": ({"probe": "copy"},)}).model_dump_json())
+    (tmp_path / "samples.jsonl").touch()
+    with pytest.raises(InputError, match="a memory probe without"):
+        read(tmp_path)
