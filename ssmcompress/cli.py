@@ -362,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = app(given, prog_name="ssmcompress", standalone_mode=False)
     except typer.TyperException as error:
         if error.format_message():  # else there were no arguments, and typer has shown the help
-            event = _usage(error)
+            event = _usage(error, given)
             if "--json" in given:
                 JsonLines(sys.stdout)(event)
             Terminal()(event)
@@ -370,10 +370,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def _usage(error: typer.TyperException) -> Failed:
+def _usage(error: typer.TyperException, given: Sequence[str] = ()) -> Failed:
     message = error.format_message().replace("Value error, ", "")  # pydantic's words, which typer passes on
     context = getattr(error, "ctx", None)
     hint = f"See `{context.command_path if context else 'ssmcompress'} --help`."
+    if "'MODEL'" in message and "--perplexity" in given:
+        hint = f"--perplexity takes the word behind it as its text: put MODEL first. {hint}"
     choice = re.search(r"'([^']*)' is not one of (.*)", message)
     if choice and (close := difflib.get_close_matches(choice[1], re.findall(r"'([^']*)'", choice[2]), n=1)):
         hint = f"Did you mean {close[0]!r}? {hint}"

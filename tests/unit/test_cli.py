@@ -300,3 +300,8 @@ def test_every_verb_shows_an_example(monkeypatch, capsys):
     for verb in VERBS:
         assert run(verb, "--help") == 0
         assert f"Example: ssmcompress {verb}" in capsys.readouterr().out
+
+
+def test_a_model_taken_for_a_text_is_explained(capsys):
+    assert run("eval", "--perplexity", "ref:mamba") == 2
+    assert "put MODEL first" in capsys.readouterr().err
