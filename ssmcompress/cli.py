@@ -84,7 +84,7 @@ def telling(json: bool) -> Iterator[Emit]:
     except SsmcompressError as error:
         _fail(error, emit if json else None)
     except KeyboardInterrupt:
-        again = "The same command again goes on from what was finished."
+        again = "What prune, run and eval had finished is kept: the same command goes on from there."
         terminal(Failed("Interrupted: nothing was written under the final name.", again, INTERRUPTED))
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:

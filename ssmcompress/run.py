@@ -22,7 +22,7 @@ from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.output import output, write
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import Checkpoint, Source, load, resolve
-from ssmcompress.checkpoint.verify import Verification, verify
+from ssmcompress.checkpoint.verify import Verification, require_finite, verify
 from ssmcompress.edits import Edit, Replace
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.evaluate.evaluation import compute_dtype
@@ -157,6 +157,7 @@ def apply(
         with JsonLines(folder / EVENTS) as lines:
             tell = fan(emit, lines)
             checkpoint = load(source, dtype=torch.float32, backend=backend)
+            require_finite(checkpoint)
             _require_same(loaded, checkpoint, tell)
             with torch.no_grad():
                 editing.apply(loaded.items, dict(checkpoint.model.named_parameters()))
@@ -205,11 +206,14 @@ def _told(text: str) -> dict[str, Any] | None:
 def _load(source: Source, recipe: Recipe, tell: Emit) -> Checkpoint:
     dtype = compute_dtype(recipe.dtype, recipe.device)
     checkpoint = load(source, dtype=dtype, device=recipe.device, backend=recipe.backend)
+    require_finite(checkpoint)
     stored = checkpoint.stored.dtype(EMBEDDING["hf"])
     if any(step.method == "sparsegpt" for step in recipe.steps) and not _holds(checkpoint.model.dtype, stored):
         raise UnsupportedError(
             f"SparseGPT computes new values: in {checkpoint.model.dtype} they are coarser than the stored {stored}.",
-            hint="Leave out --dtype.",
+            hint="Leave out --dtype."
+            if recipe.dtype != "auto"
+            else "Prune with --method wanda, which sets no new values.",
         )
     tell(
         Note("Kernels: " + ", ".join(f"{kernel} {name}" for kernel, name in record.backends(checkpoint).items()) + ".")

@@ -62,7 +62,7 @@ def output(
     a second writer, a full disk or no permission.
     """
     final = Path(folder).expanduser().resolve()
-    if final == final.parent or any(parent.is_file() for parent in final.parents):
+    if final == final.parent or any(parent.exists() and not parent.is_dir() for parent in final.parents):
         raise InputError(f"{folder} cannot be a folder of its own.", hint="Choose another --out.")
     partial, aside = final.with_name(final.name + ".partial"), final.with_name(final.name + ".replaced")
     with _lacking(final):
@@ -132,7 +132,7 @@ def carry(source: Source, folder: Path) -> None:
 
 def _passing(error: BaseException) -> bool:
     """Whether the same run may succeed another time."""
-    return isinstance(error, KeyboardInterrupt | ResourceError | MemoryError) or (
+    return isinstance(error, KeyboardInterrupt | BrokenPipeError | ResourceError | MemoryError) or (
         isinstance(error, OSError) and error.errno in LACKING
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from ssmcompress.checkpoint.source import load
+from ssmcompress.checkpoint.source import Checkpoint, load
 from ssmcompress.errors import InputError, SsmcompressError, UnsupportedError
 
 Loader = Literal["transformers", "ssmcompress"]
@@ -48,6 +48,15 @@ def verify(folder: Path, model: PreTrainedModel, *, stock: bool = True) -> Verif
     except (InputError, UnsupportedError) as error:
         raise _failed("ssmcompress", error.message) from error
     return Verification(wanted.shape[0] * wanted.shape[1], TOLERANCE, theirs, _difference("ssmcompress", ours, wanted))
+
+
+def require_finite(checkpoint: Checkpoint) -> None:
+    """InputError where the model as it was read computes no numbers, before hours are spent on it."""
+    if not logits(checkpoint.model).isfinite().all():
+        raise InputError(
+            f"{checkpoint.source.name} computes logits that are not finite.",
+            hint="Its weights are finite but overflow in float32: the checkpoint is damaged, or was scaled wrongly.",
+        )
 
 
 @torch.no_grad()
@@ -100,7 +109,8 @@ def _stock(folder: Path) -> PreTrainedModel:
 
 
 def _difference(loader: Loader, model: PreTrainedModel, wanted: Tensor) -> float:
-    difference = float((logits(model) - wanted).abs().max() / wanted.abs().max())
+    scale = wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny)  # weights may be all zero
+    difference = float((logits(model) - wanted).abs().max() / scale)
     if not difference <= TOLERANCE:  # NaN is no agreement either
         raise _failed(
             loader, f"its logits differ by {difference:.2e} of the largest; at most {TOLERANCE:.0e} is allowed"

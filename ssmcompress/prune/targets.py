@@ -33,6 +33,12 @@ def targets(arch: Arch, step: Prune) -> dict[str, Target]:
             raise InputError(f"{arch.model_type} has no prunable module {name!r}.", hint=hint)
     wanted = step.include or tuple(dict.fromkeys((*arch.projections, *step.modules)))
     chosen = [name for name in known if name in wanted and name not in step.exclude]
+    for name in step.modules:
+        if name not in chosen:
+            raise InputError(
+                f"modules gives {name} a ratio, but it is not among the modules to prune.",
+                hint=f"Add {name} to include, take it out of exclude, or leave out its ratio.",
+            )
     if not chosen:
         raise InputError("Nothing is left to prune.", hint=f"Choose from {', '.join(known)}.")
     if "embeddings" in chosen and step.method != "magnitude":

@@ -123,6 +123,13 @@ def test_a_killed_run_blocks_nobody_and_may_be_resumed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["half"]
 
 
+def test_a_reader_who_leaves_costs_nothing_that_was_finished(tmp_path: Path) -> None:
+    with pytest.raises(BrokenPipeError), output(tmp_path / "out", recipe_hash="abc", resumable=True) as partial:
+        (partial / "half").write_text("half")
+        raise BrokenPipeError
+    assert (partial / "half").exists()
+
+
 @pytest.mark.parametrize("again", [{}, {"recipe_hash": "other", "resumable": True}, {"recipe_hash": "abc"}])
 def test_another_recipe_starts_afresh(again: dict, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
@@ -180,7 +187,7 @@ def test_what_travels_with_every_output(tmp_path: Path) -> None:
 
 def test_impossible_places(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for out in (Path("/"), tmp_path / "file" / "out"):
+    for out in (Path("/"), tmp_path / "file" / "out", Path("/dev/null/out")):
         with pytest.raises(InputError, match="cannot be a folder"):
             finish(out, overwrite=True)
 

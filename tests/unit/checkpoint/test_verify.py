@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from ssmcompress.checkpoint.output import write
 from ssmcompress.checkpoint.source import load
-from ssmcompress.checkpoint.verify import logits, verify
-from ssmcompress.errors import SsmcompressError
+from ssmcompress.checkpoint.verify import logits, require_finite, verify
+from ssmcompress.errors import InputError, SsmcompressError
 from tests.unit.arch.models import CONFIGS
 from tests.unit.checkpoint.folders import change, edit_json, narrow, save
 
@@ -55,6 +55,22 @@ def test_nan_is_no_agreement(tmp_path: Path) -> None:
         model.backbone.norm_f.weight[0] = torch.nan
     with pytest.raises(SsmcompressError, match="differ by nan"):
         verify(tmp_path, model)
+
+
+def test_a_model_of_zeros_loads_again(tmp_path: Path) -> None:
+    save("mamba", tmp_path)
+    change(tmp_path, **{"backbone__norm_f__weight": torch.zeros(32)})
+    assert verify(tmp_path, load(str(tmp_path)).model).transformers == 0
+
+
+def test_a_source_without_numbers_is_refused(tmp_path: Path) -> None:
+    save("mamba", tmp_path)
+    checkpoint = load(str(tmp_path))
+    require_finite(checkpoint)
+    with torch.no_grad():
+        checkpoint.model.backbone.norm_f.weight[0] = 3e38
+    with pytest.raises(InputError, match="not finite"):
+        require_finite(checkpoint)
 
 
 def test_what_stock_leaves_to_chance_is_refused(tmp_path: Path) -> None:

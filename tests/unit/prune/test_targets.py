@@ -86,3 +86,9 @@ def test_a_tied_weight_is_named_once():
     assert MAMBA.config.tie_word_embeddings
     with pytest.raises(InputError, match="one tied weight"):
         targets(MAMBA, Prune(method="magnitude", include=("embeddings", "lm_head")))
+
+
+@pytest.mark.parametrize("left_out", [{"include": ("in_proj",)}, {"exclude": ("out_proj",)}])
+def test_a_ratio_for_a_module_that_is_left_out_is_refused(left_out):
+    with pytest.raises(InputError, match="gives out_proj a ratio"):
+        targets(MAMBA, Prune(modules={"out_proj": 0.7}, **left_out))
