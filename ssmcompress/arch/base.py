@@ -1,7 +1,8 @@
 """What every family tells the rest of the house: its blocks, its prunable weights, its axes and what couples them."""
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard, cast
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ssmcompress import kernels
+from ssmcompress.errors import UnsupportedError
 from ssmcompress.kernels.reference import PAD
 
 Taps = Callable[[str, Tensor], None]
@@ -84,6 +86,30 @@ class Arch(ABC):
     @abstractmethod
     def state_bytes(self) -> int:
         """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""
+
+    @property
+    def sizes(self) -> tuple[dict[str, int], ...]:
+        """The size of every axis, a mapping a layer."""
+        return tuple({name: axis.size for name, axis in self.axes().items()} for _ in range(self.layers))
+
+    def resized(self, sizes: Sequence[Mapping[str, int]]) -> PreTrainedConfig:
+        """The stock config of this model with other sizes, a mapping a layer; UnsupportedError where none says it."""
+        first = dict(sizes[0])
+        for layer, other in enumerate(sizes):
+            for name, size in other.items():
+                if size != first[name]:
+                    raise UnsupportedError(
+                        f"A stock {self.model_type} config has one {name} size for all layers; layer {layer} would have"
+                        f" {size}, layer 0 has {first[name]}."
+                    )
+        config = copy.deepcopy(self.config)
+        for key, value in (self.fields(first) | {"num_hidden_layers": len(sizes)}).items():
+            setattr(config, key, value)
+        return config
+
+    @abstractmethod
+    def fields(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """What a stock config says of these sizes; UnsupportedError where it cannot say them."""
 
     def build(self, device: str = "meta") -> PreTrainedModel:
         """The model with unset (meta) or freshly initialised weights."""

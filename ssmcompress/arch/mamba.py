@@ -1,5 +1,6 @@
 """Mamba-1: the family's axes and its mixer on our kernels (mamba, falcon_mamba)."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -127,6 +128,11 @@ class Mamba(Arch):
         """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""
         width, size, _ = self._sizes()
         return 4 * self.layers * width * (size + self.config.conv_kernel - 1)
+
+    def fields(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Every axis has a field of its own."""
+        keys = {name: axis.config_key for name, axis in self.axes().items() if axis.config_key}
+        return {keys[name]: size for name, size in sizes.items()}
 
     def _sizes(self) -> tuple[int, int, int]:
         return self.config.intermediate_size, self.config.state_size, int(self.config.time_step_rank)

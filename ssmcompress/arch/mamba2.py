@@ -1,5 +1,6 @@
 """Mamba-2: the family's axes and its mixer on our kernels."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -7,6 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
 from ssmcompress.arch.base import Arch, Axis, Mixer, Slice, adopt, decay, hold, real_positions, silence
+from ssmcompress.errors import UnsupportedError
 
 
 class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
@@ -116,6 +118,21 @@ class Mamba2(Arch):
         heads, width, groups, size = self._sizes()
         convolved = heads * width + 2 * groups * size
         return 4 * self.layers * (heads * width * size + convolved * (self.config.conv_kernel - 1))
+
+    def fields(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Heads and their channels must together be a multiple of the hidden size, which `expand` says."""
+        inner = sizes["head"] * sizes["head_channel"]
+        if inner % self.config.hidden_size:
+            raise UnsupportedError(
+                f"A stock mamba2 config cannot say {sizes['head']} heads of {sizes['head_channel']} channels: together"
+                f" they are {inner}, no multiple of the hidden size {self.config.hidden_size}."
+            )
+        return {
+            "num_heads": sizes["head"],
+            "head_dim": sizes["head_channel"],
+            "state_size": sizes["state"],
+            "expand": inner // self.config.hidden_size,
+        }
 
     def _sizes(self) -> tuple[int, int, int, int]:
         return self.config.num_heads, self.config.head_dim, self.config.n_groups, self.config.state_size

@@ -7,6 +7,7 @@ import torch
 
 from ssmcompress.arch.base import shapes
 from ssmcompress.arch.registry import arch_for
+from ssmcompress.errors import UnsupportedError
 from tests.unit.arch.models import CONFIGS
 
 AXES = [(name, axis) for name, config in CONFIGS.items() for axis in arch_for(config).axes()]
@@ -136,3 +137,21 @@ def test_every_tensor_of_a_block_is_prunable_or_kept_on_purpose(name):
     for tensor in block_shapes(CONFIGS[name]):
         prunable = tensor in {f"mixer.{module}.weight" for module in arch.prunable}
         assert prunable != arch.kept_on_purpose(tensor), tensor
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_resized_config_has_the_sizes_asked_for(name):
+    arch = arch_for(CONFIGS[name])
+    wanted = {axis: size // 2 for axis, size in arch.sizes[0].items()} | {"state": arch.sizes[0]["state"]}
+    if "head" in wanted:
+        wanted["head_channel"] = arch.sizes[0]["head_channel"]
+    smaller = arch_for(arch.resized([wanted]))
+    assert smaller.sizes == (wanted,) and arch_for(CONFIGS[name]).sizes == arch.sizes
+
+
+def test_what_a_stock_config_cannot_say_is_refused():
+    arch = arch_for(CONFIGS["mamba2"])
+    with pytest.raises(UnsupportedError, match="56, no multiple of the hidden size 32"):
+        arch.resized([arch.sizes[0] | {"head": 7}] * 2)
+    with pytest.raises(UnsupportedError, match="layer 1 would have 3"):
+        arch.resized([arch.sizes[0], arch.sizes[0] | {"state": 3}])
