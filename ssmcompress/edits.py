@@ -1,9 +1,14 @@
-"""What a compression does to a checkpoint, as data: masks and new values, packed into one safetensors file."""
+"""What a compression does to a checkpoint, as data: masks, new values and units that stay, in one safetensors file.
+
+Every edit speaks of the source as it was: shapes, indices and layer numbers are its, whatever other edits remove.
+"""
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -73,30 +78,62 @@ class Mask:
 
     def pack(self) -> Tensor:
         """What is stored: eight entries a byte, the first in the highest bit."""
-        return torch.from_numpy(np.packbits(self.keep.detach().cpu().flatten().numpy()))
+        return _bits(self.keep)
 
     @classmethod
     def unpack(cls, tensor: str, shape: tuple[int, ...], stored: Tensor) -> "Mask":
         """The edit from what is stored; ValueError says what is wrong with it."""
-        entries = 1
-        for size in shape:
-            entries *= size
-        wanted = -(-entries // 8)
-        if stored.dtype != torch.uint8 or tuple(stored.shape) != (wanted,):
-            found = f"{list(stored.shape)} of {stored.dtype}"
-            raise ValueError(f"the shape {list(shape)} takes [{wanted}] of torch.uint8 in bits, found {found}")
-        bits = np.unpackbits(stored.numpy())
-        if bits[entries:].any():
-            raise ValueError("bits are set behind its last entry")
-        return cls(tensor, torch.from_numpy(bits[:entries].view(bool)).view(shape))
+        return cls(tensor, _unbits(shape, stored))
 
     def change(self, tensor: Tensor) -> None:
         """Changes a tensor of the right shape in place: what is kept keeps its bits."""
         tensor.masked_fill_(~self.keep.to(tensor.device), 0.0)
 
 
-Edit = Replace | Mask
-KINDS: dict[str, type[Replace] | type[Mask]] = {kind.kind: kind for kind in (Replace, Mask)}  # in the order they apply
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """Which units of an axis stay, keep [units] bool: of one layer, or of the whole model (the axis `layer`)."""
+
+    kind: ClassVar[str] = "keep"
+    axis: str
+    layer: int | None
+    keep: Tensor
+
+    def __post_init__(self) -> None:
+        if self.keep.dtype != torch.bool or self.keep.dim() != 1:
+            raise TypeError(f"units are kept by booleans [units], not {list(self.keep.shape)} of {self.keep.dtype}")
+
+    @property
+    def tensor(self) -> str:
+        """What it is about, where other edits name a tensor."""
+        return self.axis if self.layer is None else f"layers.{self.layer}.{self.axis}"
+
+    @property
+    def shape(self) -> torch.Size:
+        """The number of units there are."""
+        return self.keep.shape
+
+    def pack(self) -> Tensor:
+        """What is stored, as of a mask."""
+        return _bits(self.keep)
+
+    @classmethod
+    def unpack(cls, tensor: str, shape: tuple[int, ...], stored: Tensor) -> "Keep":
+        """The edit from what is stored; ValueError says what is wrong with it."""
+        place = re.fullmatch(r"(?:layers\.(\d+)\.)?([a-z_]+)", tensor)
+        if not place or len(shape) != 1:
+            raise ValueError("it is about no axis of a layer or a model")
+        keep = _unbits(shape, stored)
+        if not keep.any():
+            raise ValueError("it keeps nothing")
+        return cls(place[2], None if place[1] is None else int(place[1]), keep)
+
+
+TensorEdit = Replace | Mask
+Edit = TensorEdit | Keep
+KINDS: dict[str, type[Replace] | type[Mask] | type[Keep]] = {  # in the order they apply
+    kind.kind: kind for kind in (Replace, Mask, Keep)
+}
 
 
 class Edits(NamedTuple):
@@ -161,7 +198,7 @@ def load(path: str | os.PathLike[str]) -> Edits:
 def apply(edits: Iterable[Edit], state: Mapping[str, Tensor]) -> None:
     """Changes the tensors of a state dict in place, Replace before Mask, and nothing at all if one edit does not fit.
 
-    Raises InputError for an edit of a tensor that is not there or has another shape.
+    Units stay for `arch.surgery` to remove. Raises InputError for a tensor that is not there or has another shape.
     """
     groups = by_tensor(edits)
     for name, group in groups.items():
@@ -177,25 +214,37 @@ def apply(edits: Iterable[Edit], state: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def apply_edit(edit: Edit, tensor: Tensor) -> None:
+def apply_edit(edit: TensorEdit, tensor: Tensor) -> None:
     """Changes one tensor in place; InputError if its shape is not the edit's."""
     _check(edit, tensor)
     edit.change(tensor)
 
 
-def by_tensor(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
+def by_tensor(edits: Iterable[Edit]) -> dict[str, list[TensorEdit]]:
     """The edits of each tensor in the order they apply, for writing shard by shard."""
     ranks = list(KINDS)
-    groups: dict[str, list[Edit]] = {}
-    for edit in sorted(edits, key=lambda edit: ranks.index(edit.kind)):
+    groups: dict[str, list[TensorEdit]] = {}
+    for edit in sorted((edit for edit in edits if not isinstance(edit, Keep)), key=lambda edit: ranks.index(edit.kind)):
         groups.setdefault(edit.tensor, []).append(edit)
     return groups
 
 
+def kept_units(edits: Iterable[Edit]) -> list[Keep]:
+    """The edits that remove units."""
+    return [edit for edit in edits if isinstance(edit, Keep)]
+
+
 def compose(*steps: Iterable[Edit]) -> list[Edit]:
-    """One list that does what the steps do one after the other, with at most a Replace and a Mask per tensor."""
-    found: dict[str, dict[str, Edit]] = {}
-    for step in steps:
+    """One list that does what the steps do one after the other, with at most a Replace and a Mask per tensor.
+
+    Units that a step removes are gone for all: one Keep per axis and layer is left, of those that every step keeps.
+    """
+    found: dict[str, dict[str, TensorEdit]] = {}
+    units: dict[str, Keep] = {}
+    for step in map(tuple, steps):
+        for some in kept_units(step):
+            before = units.get(some.tensor)
+            units[some.tensor] = some if before is None else replace(some, keep=before.keep & some.keep)
         for name, group in by_tensor(step).items():
             for edit in group:
                 earlier = found.setdefault(name, {})
@@ -206,7 +255,24 @@ def compose(*steps: Iterable[Edit]) -> list[Edit]:
                     earlier[edit.kind] = Mask(name, mask.keep & edit.keep)
                 else:
                     earlier[edit.kind] = edit
-    return [edit for group in found.values() for edit in group.values()]
+    return [*(edit for group in found.values() for edit in group.values()), *units.values()]
+
+
+def _bits(keep: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(keep.detach().cpu().flatten().numpy()))
+
+
+def _unbits(shape: tuple[int, ...], stored: Tensor) -> Tensor:
+    """Booleans of a shape from eight a byte; ValueError says what is wrong with them."""
+    entries = math.prod(shape)
+    wanted = -(-entries // 8)
+    if stored.dtype != torch.uint8 or tuple(stored.shape) != (wanted,):
+        found = f"{list(stored.shape)} of {stored.dtype}"
+        raise ValueError(f"the shape {list(shape)} takes [{wanted}] of torch.uint8 in bits, found {found}")
+    bits = np.unpackbits(stored.numpy())
+    if bits[entries:].any():
+        raise ValueError("bits are set behind its last entry")
+    return torch.from_numpy(bits[:entries].view(bool)).view(shape)
 
 
 def _key(kind: str, tensor: str) -> str:
@@ -242,7 +308,7 @@ def _unsound(path: str | os.PathLike[str], why: str) -> InputError:
     return InputError(f"{path} is not a sound edits file: {why}.", hint=hint)
 
 
-def _check(edit: Edit, tensor: Tensor) -> None:
+def _check(edit: TensorEdit, tensor: Tensor) -> None:
     if edit.shape != tensor.shape:
         raise InputError(
             f"The {edit.kind} of {edit.tensor} has the shape {list(edit.shape)}, the tensor {list(tensor.shape)}.",

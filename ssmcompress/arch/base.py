@@ -116,6 +116,17 @@ class Arch(ABC):
         with torch.device(device):
             return self.model_class(self.config)
 
+    def assemble(self, state: Mapping[str, Tensor], device: str | torch.device = "cpu") -> PreTrainedModel:
+        """The model in evaluation mode that holds these tensors themselves, a tied head left out."""
+        model = self.build("meta")
+        model.load_state_dict(dict(state), strict=False, assign=True)
+        model.tie_weights()
+        for module in model.modules():  # the weightless norms of Falcon Mamba hold ones that no file has
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_meta:
+                    setattr(module, name, torch.ones_like(buffer, device=device))
+        return model.eval()
+
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The blocks of a model of this family, each with `norm` and `mixer`."""
         return cast(nn.ModuleList, model.get_submodule("backbone.layers"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssmcompress.arch.base import Arch
 from ssmcompress.calib.stats import Hessian, Moment, SquaredSum
 from ssmcompress.calib.walk import Walk
-from ssmcompress.edits import Edit, Mask, Replace, apply, apply_edit
+from ssmcompress.edits import Edit, Mask, Replace, TensorEdit, apply, apply_edit
 from ssmcompress.events import Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import masks, scores
 from ssmcompress.prune.sparsegpt import sparsegpt
@@ -89,10 +89,10 @@ class _Pruner:
         masks = [edit.keep for edit in made if isinstance(edit, Mask)]
         return sum(int(keep.sum()) for keep in masks) / sum(keep.numel() for keep in masks) if masks else None
 
-    def weight(self, name: str, weight: Tensor, module: str, statistic: Moment | None) -> list[Edit]:
+    def weight(self, name: str, weight: Tensor, module: str, statistic: Moment | None) -> list[TensorEdit]:
         """Prunes one weight in place; returns the edits that do it."""
         values, keep = prune_weight(weight, self.method, self.targets[module], statistic)
-        made: list[Edit] = [Mask(name, keep)]
+        made: list[TensorEdit] = [Mask(name, keep)]
         if values is not weight:
             made.insert(0, Replace(name, values.to(self.dtypes.get(name, weight.dtype))))
         for edit in made:

@@ -1,0 +1,66 @@
+"""The slow truth beside `surgery`: the dense model in which removed units are silent, and norms count only the others.
+
+Units whose weights are zero still widen the mean of a norm that they pass: the gated norm of Mamba-2, and the
+weightless norms of Falcon Mamba. There the sum is divided by the number of entries that stay.
+"""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmcompress.arch.base import Arch
+from ssmcompress.arch.surgery import LAYER, removed
+from ssmcompress.edits import Keep
+
+WEIGHTLESS = {"state": ("b_layernorm", "c_layernorm"), "dt_rank": ("dt_layernorm",)}
+
+
+class KeptNorm(nn.Module):
+    """An RMS norm over groups of entries whose mean counts only those `alive`, with a gate where it has a weight."""
+
+    def __init__(self, norm: Any, alive: Tensor) -> None:
+        super().__init__()
+        self.weight = norm.weight if isinstance(norm.weight, nn.Parameter) else None
+        self.group_size = getattr(norm, "group_size", len(alive))
+        self.eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        self.alive = alive & getattr(norm, "alive", alive)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """x [..., groups · group_size] → the same shape."""
+        wide = x.float() if gate is None else x.float() * F.silu(gate.float())
+        grouped = wide.unflatten(-1, (-1, self.group_size))
+        counted = self.alive.view(-1, self.group_size).sum(-1, keepdim=True)
+        variance = grouped.square().sum(-1, keepdim=True) / counted
+        y = (grouped * torch.rsqrt(variance + self.eps)).flatten(-2).to(x.dtype)
+        return y if self.weight is None else self.weight * y
+
+
+@torch.no_grad()
+def mask(model: nn.Module, arch: Arch, edits: Iterable[Keep]) -> None:
+    """Silences the removed units of a dense model in place, so that it computes what the smaller one does."""
+    blocks = arch.blocks(model)
+    for edit in edits:
+        if edit.layer is None:
+            for layer in (~edit.keep).nonzero().flatten().tolist():
+                for parameter in blocks[layer].mixer.out_proj.parameters():
+                    parameter.zero_()
+        else:
+            _mask_block(blocks[edit.layer], arch, edit)
+
+
+def _mask_block(block: nn.Module, arch: Arch, edit: Keep) -> None:
+    assert edit.axis != LAYER
+    axis = arch.axes()[edit.axis]
+    for name, parameter in block.named_parameters():
+        for dim, gone in removed(axis, edit.keep, name).items():
+            parameter.index_fill_(dim, gone, 0.0)
+    mixer = cast(Any, block.mixer)
+    for silent in removed(axis, edit.keep, "mixer.norm.weight").values():
+        alive = torch.ones(len(mixer.norm.weight), dtype=torch.bool).index_fill(0, silent, False)
+        mixer.norm = KeptNorm(mixer.norm, alive)
+    for name in WEIGHTLESS.get(edit.axis, ()):
+        if hasattr(mixer, name):
+            setattr(mixer, name, KeptNorm(getattr(mixer, name), edit.keep))

@@ -1,0 +1,142 @@
+"""Removes units from a model: every tensor that an axis couples is cut, and what it cuts keeps its bits."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ssmcompress.arch.base import Arch, Axis, mixers, use_backend
+from ssmcompress.arch.registry import arch_for
+from ssmcompress.edits import Edit, Keep, Mask, Replace
+from ssmcompress.errors import InputError, UnsupportedError
+
+LAYER = "layer"  # the axis of whole blocks
+BLOCK = re.compile(r"backbone\.layers\.(\d+)\.(.+)")
+
+
+class Surgery:
+    """What is left of a model when only some units stay. Names and indices are the source's unless called new.
+
+    Raises UnsupportedError for an axis the model does not have or a shape that no config says, InputError for edits of
+    another number of units or layers.
+    """
+
+    def __init__(self, arch: Arch, edits: Iterable[Edit]) -> None:
+        self.source = arch
+        self.keeps = [edit for edit in edits if isinstance(edit, Keep)]
+        self._axes = arch.axes()
+        for edit in self.keeps:
+            self._check(edit)
+        blocks = next((edit.keep for edit in self.keeps if edit.axis == LAYER), torch.ones(arch.layers).bool())
+        self.layers = [layer for layer in range(arch.layers) if blocks[layer]]
+
+    @cached_property
+    def arch(self) -> Arch:
+        """The family, bound to the config of what is left."""
+        sizes = [dict(self.source.sizes[layer]) for layer in self.layers]
+        for edit in self.keeps:
+            if edit.layer in self.layers:
+                sizes[self.layers.index(edit.layer)][edit.axis] = int(edit.keep.sum())
+        return arch_for(self.source.resized(sizes))
+
+    def names(self, tensors: Iterable[str]) -> dict[str, str]:
+        """New name → name, of the tensors that stay, in their order."""
+        found = {}
+        for name in tensors:
+            inside = BLOCK.fullmatch(name)
+            if inside is None:
+                found[name] = name
+            elif (layer := int(inside[1])) in self.layers:
+                found[self.source.prefix(self.layers.index(layer)) + inside[2]] = name
+        return found
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """What stays of a tensor."""
+        for dim, indices in self.indices(name, tensor.shape).items():
+            tensor = tensor.index_select(dim, indices.to(tensor.device))
+        return tensor
+
+    def shape(self, name: str, shape: torch.Size) -> torch.Size:
+        """The shape of what stays of a tensor."""
+        left = {dim: len(indices) for dim, indices in self.indices(name, shape).items()}
+        return torch.Size(left.get(dim, size) for dim, size in enumerate(shape))
+
+    def indices(self, name: str, shape: torch.Size) -> dict[int, Tensor]:
+        """The indices that stay of a tensor of this shape, by the dimension that is cut."""
+        inside = BLOCK.fullmatch(name)
+        stays: dict[int, Tensor] = {}
+        for edit in self.keeps if inside else ():
+            if inside is not None and edit.layer == int(inside[1]):
+                for dim, gone in removed(self._axes[edit.axis], edit.keep, inside[2]).items():
+                    stays.setdefault(dim, torch.ones(shape[dim], dtype=torch.bool))[gone] = False
+        return {dim: stay.nonzero().flatten() for dim, stay in stays.items()}
+
+    def lift(self, edit: Edit, shapes: Mapping[str, torch.Size]) -> Edit:
+        """An edit of what is left as an edit of the source, whose tensors have these shapes.
+
+        What it says of removed entries is of no account: a mask keeps them, new values are zero there.
+        """
+        if isinstance(edit, Keep):
+            return self._lift_units(edit)
+        name = self.names(shapes)[edit.tensor]
+        whole = edit.keep if isinstance(edit, Mask) else edit.values
+        full = torch.full(shapes[name], isinstance(edit, Mask), dtype=whole.dtype)
+        where = self.indices(name, shapes[name])
+        grid = [where.get(dim, torch.arange(size)) for dim, size in enumerate(shapes[name])]
+        full[torch.meshgrid(*grid, indexing="ij")] = whole.cpu()
+        return Mask(name, full) if isinstance(edit, Mask) else Replace(name, full)
+
+    def operate(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The smaller model, with copies of what stays of the weights, on the same device and kernels."""
+        state = {key: tensor for key, tensor in model.state_dict().items() if key not in tied(model)}
+        small = self.arch.assemble(
+            {new: self.cut(old, state[old]).clone() for new, old in self.names(state).items()}, model.device
+        )
+        small.generation_config = model.generation_config
+        use_backend(small, next(mixers(model)).backend)
+        return small.train(model.training)
+
+    def _lift_units(self, edit: Keep) -> Keep:
+        layer = None if edit.layer is None else self.layers[edit.layer]
+        if edit.axis == LAYER:
+            keep = torch.zeros(self.source.layers, dtype=torch.bool)
+            keep[self.layers] = edit.keep
+            return replace(edit, keep=keep)
+        before = next((each.keep for each in self.keeps if (each.axis, each.layer) == (edit.axis, layer)), None)
+        keep = torch.ones(self._axes[edit.axis].size, dtype=torch.bool) if before is None else before.clone()
+        keep[keep.nonzero().flatten()] = edit.keep
+        return replace(edit, layer=layer, keep=keep)
+
+    def _check(self, edit: Keep) -> None:
+        known = {name: axis.size for name, axis in self._axes.items()} | {LAYER: self.source.layers}
+        if edit.axis not in known:
+            raise UnsupportedError(
+                f"{self.source.model_type} has no axis {edit.axis!r}.", hint=f"It has {', '.join(known)}."
+            )
+        inside = edit.layer is None if edit.axis == LAYER else edit.layer in range(self.source.layers)
+        if not inside or len(edit.keep) != known[edit.axis]:
+            raise InputError(
+                f"The edits choose among {len(edit.keep)} units in {edit.tensor}; the model has {known[edit.axis]}, and"
+                f" {self.source.layers} layers.",
+                hint="Are these the edits of another model?",
+            )
+
+
+def removed(axis: Axis, keep: Tensor, tensor: str) -> dict[int, Tensor]:
+    """The indices of a block's tensor that go with the units that do not stay, by dimension."""
+    gone: dict[int, list[int]] = {}
+    for part in axis.slices:
+        if part.tensor == tensor:
+            into = gone.setdefault(part.dim, [])
+            for unit in (~keep).nonzero().flatten().tolist():
+                into += part.indices(unit)
+    return {dim: torch.tensor(indices, dtype=torch.long) for dim, indices in gone.items()}
+
+
+def tied(model: nn.Module) -> set[str]:
+    """The names of a model's state dict that repeat another tensor."""
+    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()

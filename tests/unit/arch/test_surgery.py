@@ -1,0 +1,136 @@
+"""Removing units: what is left computes what the dense model with those units silent does."""
+
+import itertools
+
+import pytest
+import torch
+
+from ssmcompress import edits
+from ssmcompress.arch.masked import mask
+from ssmcompress.arch.registry import arch_for
+from ssmcompress.arch.surgery import LAYER, Surgery
+from ssmcompress.edits import Keep, Mask, Replace
+from ssmcompress.errors import InputError, UnsupportedError
+from tests.unit.arch import models
+from tests.unit.arch.models import CONFIGS
+
+AXES = [(name, axis) for name, config in CONFIGS.items() for axis in (*arch_for(config).axes(), LAYER)]
+
+
+def chosen(arch, axis, seed=0):
+    """Half of the units of every layer, at random, as many in every group of heads."""
+    if axis == LAYER:
+        return [Keep(LAYER, None, torch.arange(arch.layers) != seed % arch.layers)]
+    size = arch.axes()[axis].size
+    parts = arch.config.n_groups if axis == "head" else 1
+    generator = torch.Generator().manual_seed(seed)
+    keeps = []
+    for layer in range(arch.layers):
+        ranks = torch.rand(parts, size // parts, generator=generator).argsort(1).argsort(1)
+        keeps.append(Keep(axis, layer, (ranks < -(-size // parts // 2)).flatten()))
+    return keeps
+
+
+def expressible(arch, keeps):
+    try:
+        return Surgery(arch, keeps).arch
+    except UnsupportedError:
+        pytest.skip("no stock config says this shape")
+
+
+def close(found, wanted):
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def masked(name, keeps):
+    twin = models.ours(name)
+    mask(twin, arch_for(CONFIGS[name]), keeps)
+    return twin
+
+
+@pytest.mark.parametrize(("name", "axis"), AXES)
+def test_removed_equals_masked(name, axis):
+    model = models.ours(name)
+    keeps = chosen(arch_for(model.config), axis)
+    expressible(arch_for(model.config), keeps)
+    small, twin, ids = Surgery(arch_for(model.config), keeps).operate(model), masked(name, keeps), models.tokens(2, 21)
+    with torch.no_grad():
+        close(small(ids).logits, twin(ids).logits)
+        caches = [each(ids[:, :9], use_cache=True).cache_params for each in (small, twin)]
+        for t in range(9, 21):
+            steps = [
+                each(ids[:, t : t + 1], cache_params=cache, use_cache=True).logits
+                for each, cache in zip((small, twin), caches, strict=True)
+            ]
+            close(*steps)
+        close(steps[0][:, 0], small(ids).logits[:, -1])
+    written = [each.generate(ids[:, :5], max_new_tokens=8, do_sample=False, pad_token_id=0) for each in (small, twin)]
+    assert torch.equal(*written)
+
+
+@pytest.mark.parametrize(("name", "axis"), AXES)
+def test_the_counts_are_those_of_the_closed_forms(name, axis):
+    model = models.ours(name)
+    arch = arch_for(model.config)
+    keeps = chosen(arch, axis)
+    smaller = expressible(arch, keeps)
+    small = Surgery(arch, keeps).operate(model)
+    before, after = (sum(p.numel() for p in each.parameters()) for each in (model, small))
+    if axis == LAYER:
+        assert before - after == sum(p.numel() for p in arch.blocks(model)[0].parameters())
+        assert smaller.state_bytes() == arch.state_bytes() // arch.layers * (arch.layers - 1)
+        return
+    shapes = {key: p.shape for key, p in arch.blocks(model)[0].named_parameters()}
+    gone = sum(int((~keep.keep).sum()) for keep in keeps)
+    assert before - after == gone * arch.axes()[axis].parameters(shapes)
+    assert {key: p.shape for key, p in small.named_parameters()} == {
+        new: Surgery(arch, keeps).shape(old, model.get_parameter(old).shape)
+        for new, old in Surgery(arch, keeps).names(dict(model.named_parameters())).items()
+    }
+
+
+@pytest.mark.parametrize("name", ["mamba-biased", "mamba2-limited"])
+def test_a_later_step_speaks_of_the_source(name):
+    """Two cuts and a mask, one after the other, are the same as what their lifted edits do at once."""
+    model = models.ours(name)
+    arch = arch_for(model.config)
+    first = [*chosen(arch, "state"), *chosen(arch, LAYER, seed=1)]
+    one = Surgery(arch, first)
+    middle = one.operate(model)
+    second = chosen(one.arch, "state", seed=5)
+    two = Surgery(one.arch, second)
+    small = two.operate(middle)
+    generator = torch.Generator().manual_seed(2)
+    marks = [
+        Mask(key, torch.rand(parameter.shape, generator=generator) < 0.5)
+        for key, parameter in small.named_parameters()
+        if "mixer" in key
+    ]
+    edits.apply(marks, dict(small.named_parameters()))
+    news = [Replace("backbone.norm_f.weight", torch.full((32,), 2.0))]
+    edits.apply(news, dict(small.named_parameters()))
+
+    shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
+    lifted = edits.compose(first, [one.lift(edit, shapes) for edit in second])
+    whole = Surgery(arch, lifted)
+    assert whole.arch.sizes == two.arch.sizes
+    lifted = edits.compose(lifted, [whole.lift(edit, shapes) for edit in marks + news])
+    edits.apply(lifted, dict(model.named_parameters()))
+    again = Surgery(arch, lifted).operate(model)
+    for (key, found), (other, wanted) in itertools.zip_longest(again.named_parameters(), small.named_parameters()):
+        assert key == other and torch.equal(found, wanted), key
+
+
+def test_what_does_not_fit_is_refused():
+    arch = arch_for(CONFIGS["mamba"])
+    keep = torch.tensor([True, False, True, True, True])
+    with pytest.raises(UnsupportedError, match="no axis 'head'"):
+        Surgery(arch, [Keep("head", 0, keep)])
+    for wrong in (
+        Keep("state", 0, keep[:4]),
+        Keep("state", 7, keep),
+        Keep("state", None, keep),
+        Keep("layer", 0, keep),
+    ):
+        with pytest.raises(InputError, match="the model has"):
+            Surgery(arch, [wrong])
