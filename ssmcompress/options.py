@@ -9,7 +9,21 @@ import typer
 
 Backend = Literal["auto", "native", "torch", "cuda", "reference"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Method = Literal["wanda", "magnitude", "sparsegpt"]
+Method = Literal[
+    "wanda",
+    "magnitude",
+    "sparsegpt",
+    "joint",
+    "ghost",
+    "last",
+    "taylor",
+    "minitron",
+    "flap",
+    "shedder",
+    "similarity",
+    "random",
+]
+AxisName = Literal["state", "channel", "dt_rank", "head", "head_channel", "layer"]
 
 WHAT, TEXT, MEASURE, GATE, OUTPUT, COMPUTE = (
     "What to prune",
@@ -32,7 +46,33 @@ ComputeDtype = Annotated[
 Kernels = Annotated[
     Backend, typer.Option("--backend", help="Kernels; auto: the fastest there is.", rich_help_panel=COMPUTE)
 ]
-PruneMethod = Annotated[Method, typer.Option("--method", help="How weights are scored.", rich_help_panel=WHAT)]
+PruneMethod = Annotated[
+    Method | None,
+    typer.Option(
+        "--method",
+        help="How weights or units are scored; each axis has its own.",
+        show_default="wanda",
+        rich_help_panel=WHAT,
+    ),
+]
+Axis = Annotated[
+    AxisName | None,
+    typer.Option("--axis", help="Remove units of this axis instead of zeroing weights.", rich_help_panel=WHAT),
+]
+KeepUnits = Annotated[
+    float | None,
+    typer.Option("--keep", help="Share of the units that stay, or their number (above 1).", rich_help_panel=WHAT),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="BUDGET",
+        help="Instead of --keep: params=75%, state=50%, memory=500MB.",
+        rich_help_panel=WHAT,
+    ),
+]
+AnySize = Annotated[bool, typer.Option("--any-size", help="Allow sizes that kernels run slowly.", rich_help_panel=WHAT)]
 Sparsity = Annotated[
     float | None,
     typer.Option("--sparsity", help="Share of weights set to zero.", show_default="0.5", rich_help_panel=WHAT),
@@ -126,8 +166,12 @@ BatchSize = Annotated[
 
 def _pruning_options(
     *,
-    method: PruneMethod = "wanda",
+    method: PruneMethod = None,
     sparsity: Sparsity = None,
+    axis: Axis = None,
+    keep: KeepUnits = None,
+    target: Target = None,
+    any_size: AnySize = False,
     pattern: Pattern = None,
     scope: Scope = None,
     include: Include = None,

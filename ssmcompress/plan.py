@@ -1,35 +1,37 @@
 """What a run would change, before it costs anything: shapes are read from the files' headers, no tensor is."""
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
 
+from ssmcompress import edits as editing
 from ssmcompress.arch.base import Arch
-from ssmcompress.arch.registry import arch_for
+from ssmcompress.arch.surgery import Surgery
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.card import MASKS
 from ssmcompress.checkpoint.card import coverage as coverage_rows
 from ssmcompress.checkpoint.manifest import TensorRecord
 from ssmcompress.checkpoint.shards import Shards
-from ssmcompress.checkpoint.source import resolve
+from ssmcompress.checkpoint.source import headers, resolve
 from ssmcompress.edits import Edit, Mask
 from ssmcompress.errors import RecipeError
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
+from ssmcompress.prune.sizes import Figures, Size, Weights, figures, first, size, weigh
 from ssmcompress.prune.targets import Target, formless, targets
-from ssmcompress.recipe import Prune, PruneOptions, Recipe, pruning
+from ssmcompress.recipe import Cut, PruneOptions, Recipe, Step, pruning
 from ssmcompress.recipes import read, shipped
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Entries and bytes of the weights, entries that would be zero, and what becomes of each tensor."""
+    """The size of the model before and after, entries that would be zero, and what becomes of each tensor."""
 
-    params: int
-    weight_bytes: int
-    state_bytes: int
+    before: Figures
+    after: Figures
+    sizes: tuple[Size, ...]  # of each step that removes units
     zeros_before: int | None  # None where nothing has counted them
     zeros: int
     tensors: tuple[TensorRecord, ...]
@@ -45,28 +47,53 @@ def plan(
     """
     recipe = _recipe(model, overrides, options)
     source = resolve(recipe.model)
-    arch, weights = arch_for(source.config()), Shards(source.folder)
-    shapes = {name: weights.shape(name) for name in weights}
-    expected: dict[str, float] = {}
-    for step in recipe.steps:
-        for module, target in targets(arch, step).items():
-            for name in names(arch, module):
-                kept = expected_kept(shapes[name], module, target, step.method)
-                expected[name] = min(kept, expected.get(name, 1.0))
-    records = records_of(arch, shapes, expected, formless(recipe.steps))
-    zeros = sum(
-        round((1 - record.kept) * torch.Size(record.shape).numel()) for record in records if record.status == "pruned"
-    )
+    arch, stored = headers(source)
+    weights = weigh(stored)
+    expected = forecast(arch, recipe.steps, weights)
+    records = records_of(expected.surgery, weights.shapes, expected.kept, formless(recipe.steps))
+    zeros = sum(round((1 - record.kept) * record.size) for record in records if record.status == "pruned")
     found = Plan(
-        params=sum(shape.numel() for shape in shapes.values()),
-        weight_bytes=sum(shapes[name].numel() * weights.dtype(name).itemsize for name in weights),
-        state_bytes=arch.state_bytes(),
+        before=figures(Surgery(arch, ()), weights),
+        after=figures(expected.surgery, weights),
+        sizes=expected.sizes,
         zeros_before=manifest.zeros(source.folder),
         zeros=zeros,
         tensors=tuple(records),
     )
     _tell(found, emit)
     return found
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What steps would leave: which shapes, and the share of each tensor's entries that is not set to zero."""
+
+    surgery: Surgery
+    kept: dict[str, float]
+    sizes: tuple[Size, ...]
+
+
+def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
+    """Goes through the steps without a model; it refuses what they would refuse.
+
+    Which units go is not known yet: the shapes are those that any would leave.
+    """
+    units: list[Edit] = []
+    kept: dict[str, float] = {}
+    sizes: list[Size] = []
+    for step in steps:
+        surgery = Surgery(arch, units)
+        left, names = weights.after(surgery), surgery.names(weights.shapes)
+        if isinstance(step, Cut):
+            sizes.append(size(surgery.arch, step, left))
+            cut = first(surgery.arch, step.axis, sizes[-1].after)
+            units = editing.compose(units, [surgery.lift(edit, weights.shapes) for edit in cut])
+            continue
+        for module, target in targets(surgery.arch, step).items():
+            for name in names_of(surgery.arch, module):
+                share = expected_kept(left.shapes[name], module, target, step.method)
+                kept[names[name]] = min(share, kept.get(names[name], 1.0))
+    return Forecast(Surgery(arch, units), kept, tuple(sizes))
 
 
 def _recipe(model: str | Recipe, overrides: Sequence[str], options: PruneOptions) -> Recipe:
@@ -83,7 +110,7 @@ def _recipe(model: str | Recipe, overrides: Sequence[str], options: PruneOptions
     return read(model, overrides)
 
 
-def names(arch: Arch, module: str) -> list[str]:
+def names_of(arch: Arch, module: str) -> list[str]:
     """The tensor names of one kind of module."""
     if module in arch.outer:
         return [arch.outer_weight(module)]
@@ -105,33 +132,46 @@ def expected_kept(shape: torch.Size, module: str, target: Target, method: str) -
 
 
 def coverage(
-    arch: Arch, weights: Shards, edits: Iterable[Edit], steps: Sequence[Prune], zeros: Mapping[str, int]
+    arch: Arch, weights: Shards, edits: Sequence[Edit], steps: Sequence[Step], zeros: Mapping[str, int]
 ) -> tuple[TensorRecord, ...]:
     """What became of every tensor, from the edits that steps made and the zeros that were counted."""
-    kept = {edit.tensor: float(edit.keep.double().mean()) for edit in edits if isinstance(edit, Mask)}
-    return records_of(arch, {name: weights.shape(name) for name in weights}, kept, formless(steps), zeros)
+    surgery = Surgery(arch, edits)
+    masks = [edit for edit in edits if isinstance(edit, Mask)]
+    kept = {edit.tensor: float(surgery.cut(edit.tensor, edit.keep).double().mean()) for edit in masks}
+    return records_of(surgery, {name: weights.shape(name) for name in weights}, kept, formless(steps), zeros)
 
 
 def records_of(
-    arch: Arch,
+    surgery: Surgery,
     shapes: Mapping[str, torch.Size],
     kept: Mapping[str, float],
     unsupported: Container[str] = (),
     zeros: Mapping[str, int] | None = None,
 ) -> tuple[TensorRecord, ...]:
-    """A record for every tensor: pruned, kept on purpose, unsupported by the method, or not chosen."""
+    """A record for every tensor that stays: pruned, cut, kept on purpose, unsupported by the method, or not chosen.
+
+    `kept` speaks of the source's tensors, `zeros` of those that are left, under their new names.
+    """
     records = []
-    for name, shape in shapes.items():
+    for name, old in surgery.names(shapes).items():
+        shape = surgery.shape(old, shapes[old])
+        reason = "" if shape == shapes[old] else f"cut from {_times(shapes[old])} to {_times(shape)}"
         fields: dict[str, Any] = {"name": name, "shape": tuple(shape), "zeros": (zeros or {}).get(name)}
-        if name in kept:
-            records.append(TensorRecord(**fields, status="pruned", kept=kept[name]))
-        elif arch.kept_on_purpose(name):
+        if old in kept:
+            records.append(TensorRecord(**fields, status="pruned", kept=kept[old], reason=reason))
+        elif reason:
+            records.append(TensorRecord(**fields, status="cut", reason=reason.removeprefix("cut ")))
+        elif surgery.source.kept_on_purpose(name):
             records.append(TensorRecord(**fields, status="kept", reason="on purpose"))
         elif any(part in unsupported for part in name.split(".")):
             records.append(TensorRecord(**fields, status="unsupported", reason="the method has no form for it"))
         else:
             records.append(TensorRecord(**fields, status="kept", reason="not chosen"))
     return tuple(records)
+
+
+def _times(shape: torch.Size) -> str:
+    return " × ".join(map(str, shape))
 
 
 def tell_coverage(records: Sequence[TensorRecord], emit: Emit) -> None:
@@ -142,15 +182,17 @@ def tell_coverage(records: Sequence[TensorRecord], emit: Emit) -> None:
 
 
 def _tell(found: Plan, emit: Emit) -> None:
+    for change in found.sizes:
+        emit(Note(change.note or f"{change.after} of {change.before} {change.axis}s stay."))
     rows = (
-        ("parameters", f"{found.params:,}", f"{found.params:,}"),
+        ("parameters", f"{found.before.params:,}", f"{found.after.params:,}"),
         (
             "of them zero",
             "not counted" if found.zeros_before is None else f"{found.zeros_before:,}",
             f"{found.zeros:,}",
         ),
-        ("weight bytes", f"{found.weight_bytes:,}", f"{found.weight_bytes:,}"),
-        ("state bytes a sequence", f"{found.state_bytes:,}", f"{found.state_bytes:,}"),
+        ("weight bytes", f"{found.before.weight_bytes:,}", f"{found.after.weight_bytes:,}"),
+        ("state bytes a sequence", f"{found.before.state_bytes:,}", f"{found.after.state_bytes:,}"),
     )
     emit(Table("plan", ("", "before", "after"), rows))
     emit(Note(f"The output loads in {' and '.join(found.loads_in)}."))

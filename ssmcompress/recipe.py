@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ssmcompress.errors import RecipeError
 
@@ -20,6 +29,15 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 Drop = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Scope = Literal["row", "tensor"]
 Method = Literal["wanda", "magnitude", "sparsegpt"]
+UNITS = ("minitron", "flap", "taylor", "magnitude", "random")
+METHODS = {  # of each axis, the usual one first
+    "state": ("joint", "ghost", "last", "taylor", "magnitude", "random"),
+    "channel": UNITS,
+    "dt_rank": ("wanda", "taylor", "magnitude", "random"),
+    "head": UNITS,
+    "head_channel": UNITS,
+    "layer": ("shedder", "similarity", "random"),
+}
 
 
 class _Strict(BaseModel):
@@ -57,8 +75,10 @@ class Prune(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _half(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("sparsity") is None and values.get("pattern") is None:
-            return values | {"sparsity": 0.5}
+        if isinstance(values, dict):
+            values = {name: value for name, value in values.items() if name != "method" or value is not None}
+            if values.get("sparsity") is None and values.get("pattern") is None:
+                values["sparsity"] = 0.5
         return values
 
     @field_validator("include", "exclude", mode="before")
@@ -85,6 +105,72 @@ class Prune(_Strict):
             cause = "a pattern" if self.pattern else "sparsegpt"
             raise ValueError(f"scope has no meaning with {cause}, which has groups of its own")
         return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the scores need calibration text."""
+        return self.method != "magnitude"
+
+
+class Cut(_Strict):
+    """Removes units of an axis from every layer, or whole layers: those of which the method makes least.
+
+    `keep` is the share that stays (up to 1) or their number (above 1); `target` a budget: params=75%, state=50% or
+    memory=500MB, of the whole model. `any_size` lets sizes pass that kernels run slowly or not at all.
+    """
+
+    step: Literal["prune"] = "prune"
+    axis: Literal["state", "channel", "dt_rank", "head", "head_channel", "layer"]
+    method: str | None = None
+    keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    target: str | None = None
+    any_size: bool = False
+
+    @field_validator("target")
+    @classmethod
+    def _target(cls, value: str | None) -> str | None:
+        if value is not None:
+            budget(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Cut":
+        if (self.keep is None) == (self.target is None):
+            raise ValueError(f"an axis needs either keep or target, to say how many units of {self.axis} stay")
+        if self.method not in (None, *METHODS[self.axis]):
+            near = get_close_matches(str(self.method), METHODS[self.axis], n=1)
+            known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS[self.axis])}"
+            raise ValueError(f"the axis {self.axis} has no method {self.method!r}: {known}")
+        return self
+
+    @property
+    def criterion(self) -> str:
+        """The method, or the axis's usual one."""
+        return self.method or METHODS[self.axis][0]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the scores need calibration text."""
+        return self.criterion not in ("magnitude", "last", "random")
+
+
+def budget(text: str) -> tuple[str, float, bool]:
+    """What "params=75%", "state=50%" or "memory=500MB" bounds, the bound, and whether it is a share; ValueError."""
+    found = re.fullmatch(r"(params|state|memory)=(\d+(?:\.\d+)?) ?(%|[KMGT]?B?)", text.replace(",", ""))
+    if not found:
+        raise ValueError("must be params=, state= or memory= with a share (75%) or an amount (100M, 500MB)")
+    value, unit = float(found[2]), found[3]
+    if unit == "%":
+        return found[1], value / 100, True
+    return found[1], value * 1000 ** "KMGT".index(unit[0]) * 1000 if unit[:1] in tuple("KMGT") else value, False
+
+
+def _kind(step: Any) -> str:
+    named = "axis" in step if isinstance(step, dict) else isinstance(step, Cut)
+    return "cut" if named else "prune"
+
+
+Step = Annotated[Annotated[Prune, Tag("prune")] | Annotated[Cut, Tag("cut")], Discriminator(_kind)]
 
 
 class Save(_Strict):
@@ -129,7 +215,7 @@ class Recipe(_Strict):
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     calibrate: Calibration = Calibration()
-    steps: tuple[Prune, ...]
+    steps: tuple[Step, ...]
     save: Save = Save()
     eval: Evaluation | None = None
     gate: Gate | None = None
@@ -171,6 +257,10 @@ class PruneOptions(TypedDict, total=False):
     include: Sequence[str]
     exclude: Sequence[str]
     modules: dict[str, float]
+    axis: str | None
+    keep: float | None
+    target: str | None
+    any_size: bool
     calib: str | None
     calib_split: str | None
     calib_column: str | None
@@ -192,12 +282,17 @@ def pruning(model: str, options: PruneOptions) -> Recipe:
         if name not in PruneOptions.__annotations__:
             near = get_close_matches(name, PruneOptions.__annotations__, n=1)
             raise RecipeError(f"There is no option {name!r}.", hint=f"Did you mean {near[0]!r}?" if near else "")
+    kind, other = (Cut, Prune) if options.get("axis") else (Prune, Cut)
     step: dict[str, Any] = {"step": "prune"}
     calibrate: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for name, value in options.items():
-        if name in Prune.model_fields:
+        if name in kind.model_fields:
             step[name] = value
+        elif name in other.model_fields:
+            if value not in (None, (), [], {}, False):
+                clash = "has no meaning with an axis" if kind is Cut else "needs an axis"
+                raise RecipeError(f"{name} {clash}.", hint="An axis takes keep or target; zeroing weights, sparsity.")
         elif name in CALIBRATION or name in Calibration.model_fields:
             calibrate[CALIBRATION.get(name, name)] = value
         else:
@@ -222,14 +317,25 @@ SECTIONS: dict[str, type[_Strict]] = {
 }
 
 
+def place(loc: Sequence[int | str]) -> tuple[int | str, ...]:
+    """Where a mistake is, without the name of the kind of step that pydantic puts behind its number."""
+    return (*loc[:2], *loc[3:]) if loc[:1] == ("steps",) and len(loc) > 2 else tuple(loc)
+
+
+def step_kind(step: Any) -> type[Prune] | type[Cut]:
+    """Which step a mapping describes: one with an axis removes units, another zeroes weights."""
+    return Cut if _kind(step) == "cut" else Prune
+
+
 def sentence(item: Any) -> str:
     """One of pydantic's errors in a sentence: where, what is wrong, what was found."""
-    loc = [str(part) for part in item["loc"]]
+    kind = Cut if item["loc"][2:3] == ("cut",) else Prune
+    loc = [str(part) for part in place(item["loc"])]
     where = ".".join(loc) or "the recipe"
     if item["type"] == "missing":
         return f"{where}: is missing"
     if item["type"] == "extra_forbidden":
-        sections = [SECTIONS[part] for part in loc[:-1] if part in SECTIONS]
+        sections = [kind if part == "steps" else SECTIONS[part] for part in loc[:-1] if part in SECTIONS]
         near = get_close_matches(loc[-1], (sections or [Recipe])[-1].model_fields, n=1)
         return f"{where}: there is no such key" + (f", did you mean {near[0]!r}?" if near else "")
     said = f"{where}: {item['msg'].removeprefix('Value error, ')}"

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ssmcompress.errors import InputError, RecipeError, ResourceError
 from ssmcompress.events import Emit, Finished, Output, Table, ignore
-from ssmcompress.recipe import SECTIONS, Recipe, sentence
+from ssmcompress.recipe import SECTIONS, Cut, Recipe, place, sentence, step_kind
 
 
 def shipped() -> dict[str, Path]:
@@ -77,7 +77,7 @@ def parse(text: str, name: str = "the recipe", overrides: Sequence[str] = ()) ->
     try:
         made = Recipe.model_validate(fields)
     except ValidationError as error:
-        found = [f"line {_line(tree, item['loc'])}: {sentence(item)}" for item in error.errors()]
+        found = [f"line {_line(tree, place(item['loc']))}: {sentence(item)}" for item in error.errors()]
         raise RecipeError(f"{name} is not valid.\n" + "\n".join(twice + found)) from None
     if twice:
         raise RecipeError(f"{name} is not valid.\n" + "\n".join(twice))
@@ -129,17 +129,18 @@ def _path(fields: Mapping[str, Any], key: str) -> list[str]:
         return parts
     places = []
     for section, kind in SECTIONS.items():
-        if parts[0] in kind.model_fields:
+        if section == "steps":
             steps = fields.get("steps")
-            many = len(steps) if section == "steps" and isinstance(steps, list) else 1
-            places += [[section, str(i), *parts] if section == "steps" else [section, *parts] for i in range(many)]
+            known = [step_kind(each) for each in (steps if isinstance(steps, list) else [{}])]
+            places += [[section, str(i), *parts] for i, each in enumerate(known) if parts[0] in each.model_fields]
+        elif parts[0] in kind.model_fields:
+            places.append([section, *parts])
     if len(places) == 1:
         return places[0]
     if places:
         raise RecipeError(f"{key!r} has several places.", hint="Say which: " + ", ".join(map(".".join, places)))
-    near = get_close_matches(
-        parts[0], [*Recipe.model_fields, *(f for kind in SECTIONS.values() for f in kind.model_fields)], n=1
-    )
+    kinds: list[type[BaseModel]] = [Recipe, *SECTIONS.values(), Cut]
+    near = get_close_matches(parts[0], [field for kind in kinds for field in kind.model_fields], n=1)
     raise RecipeError(f"There is no key {key!r}.", hint=f"Did you mean {near[0]!r}?" if near else "")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import torch
 from torch import Tensor
 
 from ssmcompress import kernels
-from ssmcompress.arch.base import mixers
+from ssmcompress.arch.base import Arch, mixers
+from ssmcompress.arch.surgery import Surgery
 from ssmcompress.calib.data import Windows
 from ssmcompress.checkpoint import card, manifest
-from ssmcompress.checkpoint.manifest import SourceRecord, TensorRecord
+from ssmcompress.checkpoint.manifest import ShapeRecord, SizeRecord, SourceRecord, TensorRecord
+from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import Checkpoint
 from ssmcompress.checkpoint.verify import Verification
-from ssmcompress.edits import Edit, Mask
+from ssmcompress.edits import Edit, Mask, kept_units
 from ssmcompress.measure.glance import ON, Glance
 from ssmcompress.measure.perplexity import paired_difference
+from ssmcompress.prune.sizes import Weights, figures, weigh
 from ssmcompress.recipe import Recipe
 
 RECIPE, MEASURED = "recipe.yaml", "measured.json"
@@ -48,6 +52,7 @@ def write(
         (folder / MEASURED).write_text(json.dumps(kept) + "\n", encoding="utf-8")
         told = f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"
         measures.append(card.Measure("bits per byte", old.bits_per_byte, new.bits_per_byte, told))
+    sizes = shape(checkpoint.arch, checkpoint.stored, edits)
     made = manifest.write(
         folder,
         verb=verb,
@@ -59,11 +64,12 @@ def write(
         backend=backends(checkpoint),
         calibration=calibration,
         tensors=tuple(tensors),
+        shape=sizes,
     )
     card.write(
         folder,
         title=f"{checkpoint.source.label}, pruned",
-        summary=_summary(edits),
+        summary=_summary(edits, sizes),
         manifest=made,
         recipe=recipe.to_yaml(),
         measures=measures,
@@ -88,16 +94,43 @@ def described(windows: Windows | None) -> dict[str, Any] | None:
 
 
 def fingerprint(edits: Sequence[Edit], weights: Mapping[str, Tensor]) -> str:
-    """A hash of the tensors that edits change, as they are before: the edits belong to them and to no others."""
+    """A hash of the tensors that edits change, as they are before: the edits belong to them and to no others.
+
+    Units run through every tensor of a block, so that with them all tensors count.
+    """
     found = hashlib.sha256()
-    for name in sorted({edit.tensor for edit in edits} & set(weights)):
+    for name in sorted(weights if kept_units(edits) else {edit.tensor for edit in edits} & set(weights)):
         tensor = weights[name].contiguous()
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
-def _summary(found: Sequence[Edit]) -> str:
+def shape(arch: Arch, stored: Shards, edits: Sequence[Edit]) -> ShapeRecord | None:
+    """What became of the sizes; None where no units were removed."""
+    if not kept_units(edits):
+        return None
+    weights, surgery = weigh(stored), Surgery(arch, edits)
+    before, after = (_size(each, weights) for each in (Surgery(arch, ()), surgery))
+    return ShapeRecord(before=before, after=after, layers=tuple(surgery.layers))
+
+
+def _size(surgery: Surgery, weights: Weights) -> SizeRecord:
+    sizes = surgery.arch.sizes
+    axes = {axis: tuple(each[axis] for each in sizes) for axis in sizes[0]}
+    return SizeRecord(**asdict(figures(surgery, weights)), axes=axes)
+
+
+def _summary(found: Sequence[Edit], sizes: ShapeRecord | None) -> str:
+    changes = {} if sizes is None else sizes.changes()
+    told = ", ".join(f"{after} of {before} {axis}s" for axis, (before, after) in changes.items())
+    parts = [f"Units were removed by ssmcompress: {told} are left."] if told else []
     masks = [edit for edit in found if isinstance(edit, Mask)]
+    if masks or not parts:
+        parts.append(_zeroed(masks))
+    return " ".join(parts)
+
+
+def _zeroed(masks: Sequence[Mask]) -> str:
     kept = sum(int(mask.keep.sum()) for mask in masks) / max(1, sum(mask.keep.numel() for mask in masks))
     return f"{1 - kept:.1%} of the entries of {len(masks)} weight tensors were set to zero by ssmcompress."

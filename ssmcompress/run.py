@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from ssmcompress import edits as editing
 from ssmcompress import record
 from ssmcompress.arch.base import mixers
-from ssmcompress.arch.registry import arch_for
+from ssmcompress.arch.surgery import Surgery
 from ssmcompress.assess import assess, left_to_assess
 from ssmcompress.calib import data
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.output import output, write
 from ssmcompress.checkpoint.shards import Shards
-from ssmcompress.checkpoint.source import Checkpoint, Source, load, resolve
+from ssmcompress.checkpoint.source import Checkpoint, Source, headers, load, resolve
 from ssmcompress.checkpoint.verify import Verification, require_finite, verify
 from ssmcompress.edits import Edit, Replace
 from ssmcompress.errors import InputError, UnsupportedError
@@ -30,10 +30,11 @@ from ssmcompress.events import Emit, Finished, JsonLines, Note, fan, ignore
 from ssmcompress.journal import Journal
 from ssmcompress.measure import exercises
 from ssmcompress.measure.glance import Glance, glance, tell_change
-from ssmcompress.plan import coverage, tell_coverage
+from ssmcompress.plan import coverage, forecast, tell_coverage
 from ssmcompress.prune.apply import find_edits
-from ssmcompress.prune.targets import targets
-from ssmcompress.recipe import PruneOptions, Recipe, pruning
+from ssmcompress.prune.cut import cut
+from ssmcompress.prune.sizes import weigh
+from ssmcompress.recipe import Cut, PruneOptions, Recipe, pruning
 from ssmcompress.recipes import parse, read
 
 EDITS, EVENTS = "edits.safetensors", "events.jsonl"
@@ -102,9 +103,8 @@ def run(
 def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool, emit: Emit) -> Result:
     """Makes the model of a recipe and writes the folder `out`."""
     source = resolve(recipe.model)
-    arch = arch_for(source.config())
-    for step in recipe.steps:
-        targets(arch, step)
+    arch, stored = headers(source)
+    forecast(arch, recipe.steps, weigh(stored))
     origin = manifest.describe(source)
     told, key = recipe.portable(source.label), _key(recipe, origin, measure)
     with output(out, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
@@ -114,10 +114,10 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
             checkpoint = _load(source, recipe, tell)
             windows = _calibration(checkpoint, recipe, tell)
             before = _look(checkpoint, recipe, tell) if measure else None
-            found = _edit(checkpoint, recipe, windows, tell, journal)
+            found, edited = _edit(checkpoint, recipe, windows, tell, journal)
             calibration = record.described(windows)
             editing.save(found, folder / EDITS, _said(told, checkpoint, found, calibration))
-            zeros, verification = _write(checkpoint, found, folder, recipe)
+            zeros, verification = _write(checkpoint, edited, found, folder, recipe)
             after = _look(_reload(folder, recipe), recipe, tell) if measure else None
             if before is not None and after is not None:
                 tell_change(before, after, tell)
@@ -159,10 +159,9 @@ def apply(
             checkpoint = load(source, dtype=torch.float32, backend=backend)
             require_finite(checkpoint)
             _require_same(loaded, checkpoint, tell)
-            with torch.no_grad():
-                editing.apply(loaded.items, dict(checkpoint.model.named_parameters()))
+            edited = _edited(checkpoint, loaded.items)
             editing.save(loaded.items, folder / EDITS, loaded.metadata)
-            zeros, verification = _write(checkpoint, loaded.items, folder, recipe)
+            zeros, verification = _write(checkpoint, edited, loaded.items, folder, recipe)
             tell(Note(f"Applied {len(loaded.items)} edits."))
             tensors = coverage(checkpoint.arch, checkpoint.stored, loaded.items, recipe.steps, zeros)
         made: dict[str, Any] = {"calibration": calibration, "verification": verification}
@@ -239,21 +238,44 @@ def _look(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> Glance | None:
 
 def _edit(
     checkpoint: Checkpoint, recipe: Recipe, windows: data.Windows | None, tell: Emit, journal: Journal
-) -> list[Edit]:
-    dtypes = {name: checkpoint.stored.dtype(name) for name in checkpoint.stored}
-    ids = None if windows is None else windows.ids.to(recipe.device)
-    made = []
+) -> tuple[list[Edit], Checkpoint]:
+    """The edits of all steps, in terms of the source, and what they make of it: the model at hand is used up."""
+    stored, ids = checkpoint.stored, None if windows is None else windows.ids.to(recipe.device)
+    shapes = {name: stored.shape(name) for name in stored}
+    found: list[Edit] = []
+    edited = checkpoint
     for i, step in enumerate(recipe.steps):
-        layers = journal.step(i)
+        surgery, layers = Surgery(checkpoint.arch, found), journal.step(i)
         if layers:
-            tell(Note(f"Going on from an earlier run: {len(layers)} of {checkpoint.arch.layers} layers are done."))
-        made.append(find_edits(checkpoint.model, checkpoint.arch, step, ids, dtypes, tell, layers))
-    return editing.compose(*made)
+            tell(Note(f"Going on from an earlier run: {len(layers)} of {edited.arch.layers} layers are done."))
+        made: Sequence[Edit]
+        if isinstance(step, Cut):
+            made = cut(edited.model, edited.arch, step, weigh(stored).after(surgery), ids, recipe.seed, tell, layers)
+            edited = _smaller(edited, made)
+        else:
+            dtypes = {new: stored.dtype(old) for new, old in surgery.names(stored).items()}
+            made = find_edits(edited.model, edited.arch, step, ids, dtypes, tell, layers)
+        found = editing.compose(found, [surgery.lift(edit, shapes) for edit in made])
+    return found, edited
+
+
+def _edited(checkpoint: Checkpoint, found: Sequence[Edit]) -> Checkpoint:
+    """What edits make of a checkpoint in memory, which is used up."""
+    with torch.no_grad():
+        editing.apply(found, dict(checkpoint.model.named_parameters()))
+    return _smaller(checkpoint, found)
+
+
+def _smaller(checkpoint: Checkpoint, found: Sequence[Edit]) -> Checkpoint:
+    if not editing.kept_units(found):
+        return checkpoint
+    surgery = Surgery(checkpoint.arch, found)
+    return replace(checkpoint, model=surgery.operate(checkpoint.model), arch=surgery.arch)
 
 
 def _calibration(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> data.Windows | None:
     """The tokens that statistics are taken from; None where no step needs them."""
-    if all(step.method == "magnitude" for step in recipe.steps):
+    if not any(step.calibrated for step in recipe.steps):
         return None
     wanted, seed = recipe.calibrate, recipe.seed
     tokenizer = checkpoint.tokenizer
@@ -284,34 +306,38 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> data.Win
 
 
 def _write(
-    checkpoint: Checkpoint, found: Sequence[Edit], folder: Path, recipe: Recipe
+    checkpoint: Checkpoint, edited: Checkpoint, found: Sequence[Edit], folder: Path, recipe: Recipe
 ) -> tuple[dict[str, int], Verification]:
     """Writes the source's own bytes with the edits on them, one tensor at a time, and proves that they load.
 
     Returns the number of zeros in every tensor as written, too.
     """
     weights: Shards = checkpoint.stored
-    by_name = editing.by_tensor(found)
+    surgery, by_name = Surgery(checkpoint.arch, found), editing.by_tensor(found)
+    names = surgery.names(weights)
     zeros: dict[str, int] = {}
 
     def value(name: str) -> Tensor:
-        tensors = {name: weights[name]}
-        editing.apply(by_name.get(name, ()), tensors)
-        zeros[name] = tensors[name].numel() - int(tensors[name].count_nonzero())
-        return tensors[name]
+        old = names[name]
+        tensors = {old: weights[old]}
+        editing.apply(by_name.get(old, ()), tensors)
+        tensor = surgery.cut(old, tensors[old])
+        zeros[name] = tensor.numel() - int(tensor.count_nonzero())
+        return tensor
 
-    shapes = {name: torch.empty(weights.shape(name), dtype=weights.dtype(name), device="meta") for name in weights}
-    write(checkpoint, folder, shapes, value=value, shard_size=recipe.save.shard_size)
-    return zeros, verify(folder, _exact(checkpoint, found))
+    shapes = {
+        new: torch.empty(surgery.shape(old, weights.shape(old)), dtype=weights.dtype(old), device="meta")
+        for new, old in names.items()
+    }
+    write(edited, folder, shapes, value=value, shard_size=recipe.save.shard_size)
+    return zeros, verify(folder, _exact(checkpoint, edited, found))
 
 
-def _exact(checkpoint: Checkpoint, found: Sequence[Edit]) -> PreTrainedModel:
+def _exact(checkpoint: Checkpoint, edited: Checkpoint, found: Sequence[Edit]) -> PreTrainedModel:
     """The edited model as it must load again: the one at hand, unless it computes in less than what is stored."""
     model, stored = checkpoint.model, checkpoint.stored
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if name in stored}
     if all(_holds(dtype, stored.dtype(name)) for name, dtype in dtypes.items()):
-        return model
+        return edited.model
     backend = next(mixers(model)).backend.name
-    exact = load(checkpoint.source, dtype=torch.float32, device=model.device, backend=backend).model
-    editing.apply(found, dict(exact.named_parameters()))
-    return exact
+    return _edited(load(checkpoint.source, dtype=torch.float32, device=model.device, backend=backend), found).model

@@ -4,7 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from transformers.cache_utils import Cache
 
 from ssmcompress import kernels
 from ssmcompress.errors import UnsupportedError
-from ssmcompress.kernels.reference import PAD
+from ssmcompress.kernels.reference import PAD, step_size
 
-Taps = Callable[[str, Tensor], None]
+Taps = Callable[[str, Any], None]
 Offset = Callable[[Tensor], Tensor]
 
 
@@ -121,10 +121,7 @@ class Arch(ABC):
         model = self.build("meta")
         model.load_state_dict(dict(state), strict=False, assign=True)
         model.tie_weights()
-        for module in model.modules():  # the weightless norms of Falcon Mamba hold ones that no file has
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.is_meta:
-                    setattr(module, name, torch.ones_like(buffer, device=device))
+        fill_buffers(model, device)
         return model.eval()
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
@@ -160,6 +157,32 @@ class Arch(ABC):
         return parts[-1] == "bias" or any(part in self.fixed or part.startswith("norm") for part in parts)
 
 
+class Scan(NamedTuple):
+    """What a mixer's scan takes in, in the form both families share: a Mamba-1 channel is a head of one channel.
+
+    x [B, L, H, P], dt [B, L, H] before bias and softplus, A [H, N] or [H, 1], B and C [B, L, G, N], dt_bias [H].
+    """
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    dt_bias: Tensor | None
+    limit: tuple[float, float] = (0.0, float("inf"))
+
+    def states(self) -> Iterator[Tensor]:
+        """The state [B, H, P, N] after each token, one token at a time (Mamba-2, eq. 2)."""
+        heads = self.x.shape[2] // self.B.shape[2]
+        delta = step_size(self.dt, self.dt_bias, self.limit)
+        state = self.x.new_zeros(self.x.shape[0], *self.x.shape[2:], self.B.shape[-1])
+        for t in range(self.x.shape[1]):
+            step = delta[:, t, :, None, None]
+            b = self.B[:, t].repeat_interleave(heads, dim=1)[:, :, None]
+            state = torch.exp(step * self.A[:, None]) * state + step * self.x[:, t, :, :, None] * b
+            yield state
+
+
 class Mixer(nn.Module):
     """The ports of a mixer: unused they are None and cost nothing."""
 
@@ -170,14 +193,14 @@ class Mixer(nn.Module):
     A_log: nn.Parameter
     D: nn.Parameter
     backend: kernels.Backend = kernels.AUTO
-    taps: Taps | None = None  # called with (module, its input) before each prunable module
+    taps: Taps | None = None  # called with (module, its input) before each prunable module, and with ("scan", Scan)
     offset: Offset | None = None  # C → what to add to the scan's output before the gate
     initial_state: Tensor | None = None  # the state before the first token, broadcast over the batch
 
-    def tap(self, module: str, tensor: Tensor) -> None:
-        """Shows the input of a module to whoever watches."""
+    def tap(self, module: str, seen: "Tensor | Scan") -> None:
+        """Shows the input of a module, or of the scan, to whoever watches."""
         if self.taps is not None:
-            self.taps(module, tensor)
+            self.taps(module, seen)
 
     def recall(self, cache: Cache | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
         """What earlier tokens left behind: convolution inputs [B, C, K-1] and state, None where there were none."""
@@ -247,6 +270,14 @@ def adopt(blocks: nn.ModuleList, mixer: type[Mixer]) -> None:
     """Gives every block's mixer our forward: the same parameters under the same names."""
     for block in blocks:
         block.mixer.__class__ = mixer
+
+
+def fill_buffers(model: nn.Module, device: str | torch.device) -> None:
+    """Gives buffers that no file holds their values: the ones of the weightless norms of Falcon Mamba."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.ones_like(buffer, device=device))
 
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.models.falcon_mamba import modeling_falcon_mamba as stock_falcon
 from transformers.models.mamba import modeling_mamba as stock
 
-from ssmcompress.arch.base import Arch, Axis, Mixer, Slice, adopt, decay, hold, real_positions, silence
+from ssmcompress.arch.base import Arch, Axis, Mixer, Scan, Slice, adopt, decay, hold, real_positions, silence
 
 
 class _SelectiveMixer(Mixer):
@@ -47,6 +47,7 @@ class _SelectiveMixer(Mixer):
         self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, state: Tensor | None, cache: Cache | None
     ) -> Tensor:
         A = decay(self.A_log)
+        self.tap("scan", Scan(x[..., None], dt, A, B[:, :, None], C[:, :, None], cast(Tensor, self.dt_proj.bias)))
         gate = z if self.offset is None else None
         if self.steps(state, x, cache):
             row = None if gate is None else gate[:, 0]

@@ -1,13 +1,13 @@
 """Mamba-2: the family's axes and its mixer on our kernels."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
-from ssmcompress.arch.base import Arch, Axis, Mixer, Slice, adopt, decay, hold, real_positions, silence
+from ssmcompress.arch.base import Arch, Axis, Mixer, Scan, Slice, adopt, decay, hold, real_positions, silence
 from ssmcompress.errors import UnsupportedError
 
 
@@ -43,7 +43,8 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
         x = x.view(batch, length, self.num_heads, self.head_dim)
         B, C = (t.view(batch, length, self.n_groups, self.ssm_state_size) for t in (B, C))
         A = decay(self.A_log)
-        limit = tuple(self.time_step_limit)
+        limit = cast(tuple[float, float], tuple(self.time_step_limit))
+        self.tap("scan", Scan(x, dt, A[:, None], B, C, self.dt_bias, limit))
         if self.steps(state, x, cache):
             y = self.backend.ssd_step(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, self.dt_bias, limit)[
                 :, None

@@ -1,7 +1,7 @@
 """What calibration remembers of a module's inputs: sums that stream over chunks and merge across parts."""
 
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,7 +19,12 @@ class Moment(ABC):
         self.count = 0
         self.total = torch.zeros(shape, dtype=dtype)
 
-    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
+    @classmethod
+    def of(cls, x: Any) -> Self:
+        """An empty one for inputs such as x."""
+        return cls(x.shape[-1])  # type: ignore[call-arg]  # every kind takes its width alone
+
+    def add(self, x: Any, mask: Tensor | None = None) -> None:
         """Takes in inputs [..., width], of which mask [...] (bool) selects those that count."""
         if x.shape[-1] != self.width:
             raise ValueError(f"inputs of width {x.shape[-1]} where {self.width} is expected")
@@ -77,3 +82,46 @@ class Hessian(Moment):
     def _accumulate(self, rows: Tensor) -> None:
         rows = rows.float()
         self.total.addmm_(rows.T, rows)
+
+
+class Spread(Moment):
+    """Σ x_j and Σ x_j² over tokens in float64: how much each input fluctuates (FLAP)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, (2, width), torch.float64)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x_j] [width], float32."""
+        return (self.total[0] / self.count).float()
+
+    @property
+    def variance(self) -> Tensor:
+        """The sample variance of x_j over all tokens [width], float32."""
+        centred = self.total[1] - self.total[0].square() / self.count
+        return (centred.clamp_min(0) / max(1, self.count - 1)).float()
+
+    def _accumulate(self, rows: Tensor) -> None:
+        for part in rows.split(ROWS):
+            wide = part.double()
+            self.total += torch.stack([wide.sum(0), wide.square().sum(0)])
+
+
+class Activity(Moment):
+    """Σ over windows of (mean over tokens of |x_j|)² in float64 (Minitron-SSM); inputs are [n, L, width]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, (width,), torch.float64)
+
+    @property
+    def norm(self) -> Tensor:
+        """The root of the sum [width], float32."""
+        return self.total.sqrt().float()
+
+    def add(self, x: Any, mask: Tensor | None = None) -> None:
+        """Takes in windows [n, L, width], each of which counts once whatever its length."""
+        for i, window in enumerate(x):
+            super().add(window, None if mask is None else mask[i])
+
+    def _accumulate(self, rows: Tensor) -> None:
+        self.total += rows.abs().double().mean(0).square()

@@ -1,18 +1,14 @@
-"""Watches the input of every prunable module of a block through its mixer's port."""
+"""Watches the input of every prunable module of a block, and of its scan, through its mixer's port."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
-
-from ssmcompress.arch.base import Mixer
-
-Watch = Callable[[str, Tensor], None]
+from ssmcompress.arch.base import Mixer, Taps
 
 
 @contextmanager
-def observe(mixer: Mixer, watch: Watch) -> Iterator[None]:
-    """Calls watch(module, input [B, L, width]) for each prunable module while inside."""
+def observe(mixer: Mixer, watch: Taps) -> Iterator[None]:
+    """Calls watch(module, input [B, L, width]) for each prunable module, and watch("scan", Scan), while inside."""
     before, mixer.taps = mixer.taps, watch
     try:
         yield

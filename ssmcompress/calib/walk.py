@@ -6,7 +6,7 @@ The residual stream is kept in float32 and passed on, so that every block sees w
 import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +17,21 @@ from ssmcompress.calib.taps import observe
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.events import Emit, LayerDone, ignore
 
-EditBlock = Callable[[int, nn.Module, Mapping[str, Moment]], float | None]
+EditBlock = Callable[[int, nn.Module, Mapping[str, Moment]], tuple[nn.Module, float | None]]
 
 
 @dataclass(frozen=True)
 class Walk:
-    """One pass over the blocks: which modules to observe and with what."""
+    """One pass over the blocks: with what to observe which modules' inputs (or "scan"), and what to do then."""
 
-    modules: tuple[str, ...]
-    collect: Callable[[int], Moment]
+    collect: Mapping[str, type[Moment]]
     edit: EditBlock
     batch: int = 1  # windows at a time: on a CPU one is the fastest and takes the least memory
     known: Container[int] = ()  # layers whose edits an earlier run has found: not observed again
 
     @torch.no_grad()
     def run(self, model: nn.Module, arch: Arch, windows: Tensor, emit: Emit = ignore) -> list[Tensor]:
-        """Walks windows [n, L] of token ids through the model; `edit` changes each block and returns its kept share.
+        """Walks windows [n, L] of token ids through the model; `edit` gives the block to go on with, and what it kept.
 
         Returns the residual stream after the last block, in batches [b, L, d].
 
@@ -43,9 +42,9 @@ class Walk:
         for layer, block in enumerate(arch.blocks(model)):
             started = time.perf_counter()
             statistics, dense = ({}, None) if layer in self.known else self._observe(layer, block, hidden)
-            kept = self.edit(layer, block, statistics)
+            edited, kept = self.edit(layer, block, statistics)
             for i, rows in enumerate(hidden):
-                hidden[i] = block(rows)
+                hidden[i] = edited(rows)
             error = None if dense is None else float((hidden[0] - dense).norm() / dense.norm())
             emit(LayerDone(layer, arch.layers, time.perf_counter() - started, error, kept))
         return hidden
@@ -54,17 +53,17 @@ class Walk:
         """What the dense block's modules take in, and the block's output of the first batch."""
         statistics: dict[str, Moment] = {}
 
-        def watch(module: str, x: Tensor) -> None:
-            if module in self.modules:
+        def watch(module: str, x: Any) -> None:
+            if module in self.collect:
                 if module not in statistics:
-                    statistics[module] = self.collect(x.shape[-1])
+                    statistics[module] = self.collect[module].of(x)
                 statistics[module].add(x)
 
         with observe(cast(Mixer, block.mixer), watch):
             first = block(hidden[0])
-            for rows in hidden[1:] if self.modules else ():
+            for rows in hidden[1:] if self.collect else ():
                 block(rows)
-        silent = [module for module in self.modules if module not in statistics]
+        silent = [module for module in self.collect if module not in statistics]
         if silent:
             raise UnsupportedError(
                 f"No calibration input reached {', '.join(silent)} of layer {layer}.",

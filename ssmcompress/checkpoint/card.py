@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from ssmcompress.checkpoint.manifest import Manifest, TensorRecord
+from ssmcompress.checkpoint.manifest import Manifest, ShapeRecord, TensorRecord
 from ssmcompress.checkpoint.source import Source
 from ssmcompress.events import number
 
@@ -46,6 +46,7 @@ def write(
         f"# {title}",
         summary,
         _measured(measures, measured_on),
+        _shape(manifest.shape),
         _coverage(manifest),
         f"## Loading\n\nLoads in {' and '.join(loaders)}, with the logits of the model that was written."
         if loaders
@@ -105,6 +106,15 @@ def _measured(measures: Sequence[Measure], measured_on: str) -> str:
     caption = f"Measured on {measured_on}." if measured_on else ""
     table = _table(("measure", "before", "after", "change [paired 95 % interval]"), rows)
     return "\n\n".join(part for part in ("## Measured", caption, table) if part)
+
+
+def _shape(shape: ShapeRecord | None) -> str:
+    if shape is None:
+        return ""
+    amounts = (("parameters", "params"), ("weight bytes", "weight_bytes"), ("state bytes a sequence", "state_bytes"))
+    rows = [(f"{axis}s", *pair) for axis, pair in shape.changes().items()]
+    rows += [(name, f"{getattr(shape.before, key):,}", f"{getattr(shape.after, key):,}") for name, key in amounts]
+    return "## Size\n\n" + _table(("", "before", "after"), rows)
 
 
 def _coverage(manifest: Manifest) -> str:

@@ -59,14 +59,14 @@ class CalibrationRecord(Record):
 
 
 class TensorRecord(Record):
-    """What happened to one tensor; `kept` is the fraction of entries that pruning left, `reason` why it is whole.
+    """What happened to one tensor; `kept` is the fraction of entries that masks left, `reason` why it is as it is.
 
     `zeros` is the number of entries that are zero as written, whatever made them so; None: not counted.
     """
 
     name: str
     shape: tuple[int, ...]
-    status: Literal["pruned", "kept", "unsupported"]
+    status: Literal["pruned", "cut", "kept", "unsupported"]
     kept: float = 1.0
     zeros: int | None = None
     reason: str = ""
@@ -80,6 +80,35 @@ class TensorRecord(Record):
     def nonzero(self) -> float:
         """The fraction of entries that are not zero, as far as it is known."""
         return self.kept if self.zeros is None else 1 - self.zeros / max(1, self.size)
+
+
+class SizeRecord(Record):
+    """How large a model is: entries and bytes of its weights, bytes of its state, each axis's size layer by layer."""
+
+    params: int
+    weight_bytes: int
+    state_bytes: int
+    axes: dict[str, tuple[int, ...]]
+
+    @property
+    def layers(self) -> int:
+        """The number of blocks."""
+        return max(map(len, self.axes.values()))
+
+
+class ShapeRecord(Record):
+    """The size before and after units were removed, and which of the source's layers stayed."""
+
+    before: SizeRecord
+    after: SizeRecord
+    layers: tuple[int, ...]
+
+    def changes(self) -> dict[str, tuple[str, str]]:
+        """Each axis that changed, as text before and after: one number where all layers agree."""
+        pairs = {"layer": (str(self.before.layers), str(self.after.layers))}
+        for axis, sizes in self.before.axes.items():
+            pairs[axis] = (_span(sizes), _span(self.after.axes[axis]))
+        return {axis: pair for axis, pair in pairs.items() if pair[0] != pair[1]}
 
 
 class VerificationRecord(Record):
@@ -104,6 +133,7 @@ class Manifest(Record):
     backend: dict[str, str] = {}
     calibration: CalibrationRecord | None = None
     tensors: tuple[TensorRecord, ...] = ()
+    shape: ShapeRecord | None = None
     verification: VerificationRecord | None = None
     files: dict[str, str] = {}
 
@@ -113,6 +143,10 @@ class Manifest(Record):
         pruned = [tensor for tensor in self.tensors if tensor.status == "pruned"]
         kept = sum(tensor.size * tensor.nonzero for tensor in pruned)
         return 1 - kept / sum(tensor.size for tensor in pruned) if pruned else 0.0
+
+
+def _span(sizes: tuple[int, ...]) -> str:
+    return str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
 
 
 def versions() -> dict[str, str]:

@@ -129,25 +129,30 @@ def load(
     or dtype.
     """
     source = resolve(model) if isinstance(model, str) else model
-    weights = Shards(source.folder)
-    config = source.config()
-    arch = arch_for(config)
-    tokenizer = source.tokenizer()
+    arch, weights = headers(source)
+    config, tokenizer = arch.config, source.tokenizer()
     if source.layout == "mamba_ssm" and tokenizer is not None:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-    _check_layers(weights, config.num_hidden_layers)
-    loaded = arch.build("meta")
-    weights = _match(weights, loaded)
     state = {name: _cast(name, _finite(weights, name), dtype).to(device) for name in weights}
     config.dtype = state[layout.EMBEDDING["hf"]].dtype
-    loaded.load_state_dict(state, strict=False, assign=True)
-    loaded.tie_weights()
-    _fill_buffers(loaded, device)
+    loaded = arch.assemble(state, device)
     if (source.folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     use_backend(loaded, kernels.choose(backend))
-    return Checkpoint(loaded.eval(), tokenizer, arch, source, weights)
+    return Checkpoint(loaded, tokenizer, arch, source, weights)
+
+
+def headers(source: Source) -> tuple[Arch, Shards]:
+    """The family of a source and its weights under the model's names: all is checked but their values.
+
+    Raises InputError for a checkpoint that is damaged or does not fit its config, UnsupportedError for a foreign family
+    or dtype.
+    """
+    weights = Shards(source.folder)
+    arch = arch_for(source.config())
+    _check_layers(weights, arch.layers)
+    return arch, _match(weights, arch.build("meta"))
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -244,14 +249,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | Literal["auto"]) -> Te
         return tensor
     narrower = torch.finfo(dtype).bits < torch.finfo(tensor.dtype).bits
     return tensor if narrower and name.rsplit(".", 1)[-1] in STATE_SPACE else tensor.to(dtype)
-
-
-def _fill_buffers(model: nn.Module, device: str | torch.device) -> None:
-    """Gives buffers that no file holds their values: only Falcon Mamba has such, the ones of its weightless norms."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(module, name, torch.ones_like(buffer, device=device))
 
 
 def _others(names: list[str]) -> str:

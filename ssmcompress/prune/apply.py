@@ -17,7 +17,7 @@ from ssmcompress.prune.sparsegpt import sparsegpt
 from ssmcompress.prune.targets import Target, targets
 from ssmcompress.recipe import Prune
 
-STATISTICS = {"wanda": SquaredSum, "sparsegpt": Hessian}
+STATISTICS: dict[str, type[SquaredSum | Hessian]] = {"wanda": SquaredSum, "sparsegpt": Hessian}
 BLOCK = 128  # columns whose errors SparseGPT spreads before it goes on to the next ones
 
 
@@ -47,7 +47,7 @@ def find_edits(
     else:
         assert windows is not None, f"{step.method} needs calibration"
         collect = STATISTICS[step.method]
-        walk = Walk(pruner.inner, collect, pruner.block, known=tuple(pruner.finished))
+        walk = Walk(dict.fromkeys(pruner.inner, collect), pruner.walked, known=tuple(pruner.finished))
         hidden = walk.run(model, arch, windows, emit)
         head = collect(hidden[0].shape[-1])
         for rows in hidden:
@@ -88,6 +88,10 @@ class _Pruner:
         self.found += made
         masks = [edit.keep for edit in made if isinstance(edit, Mask)]
         return sum(int(keep.sum()) for keep in masks) / sum(keep.numel() for keep in masks) if masks else None
+
+    def walked(self, layer: int, block: nn.Module, statistics: Mapping[str, Moment]) -> tuple[nn.Module, float | None]:
+        """The block itself, pruned, and the share of its targets' entries that stays."""
+        return block, self.block(layer, block, statistics)
 
     def weight(self, name: str, weight: Tensor, module: str, statistic: Moment | None) -> list[TensorEdit]:
         """Prunes one weight in place; returns the edits that do it."""

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from ssmcompress.arch.base import Arch
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.prune.masks import parse_pattern
-from ssmcompress.recipe import Prune
+from ssmcompress.recipe import Prune, Step
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ def targets(arch: Arch, step: Prune) -> dict[str, Target]:
     return {name: _target(step, name) for name in chosen}
 
 
-def formless(steps: Sequence[Prune]) -> frozenset[str]:
+def formless(steps: Sequence[Step]) -> frozenset[str]:
     """The prunable modules that no step's method has a form for."""
-    return frozenset({"conv1d"} if all(step.method == "sparsegpt" for step in steps) else ())
+    methods = {step.method for step in steps if isinstance(step, Prune)}
+    return frozenset({"conv1d"} if methods == {"sparsegpt"} else ())
 
 
 def _target(step: Prune, module: str) -> Target:

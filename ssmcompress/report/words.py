@@ -1,7 +1,7 @@
 """Numbers and recipes as people read them."""
 
 from ssmcompress.events import number
-from ssmcompress.recipe import Prune, Recipe
+from ssmcompress.recipe import Cut, Prune, Recipe, Step
 from ssmcompress.report.checkpoints import Made
 from ssmcompress.report.measures import Change, Figure
 
@@ -77,14 +77,18 @@ def sentences(made: Made) -> list[str]:
     return found
 
 
-def _brief(step: Prune) -> str:
+def _brief(step: Step) -> str:
+    if isinstance(step, Cut):
+        return f"{step.axis}s by {step.criterion}, {_amount(step)}"
     much = step.pattern or (f"{step.sparsity:.0%}" if step.sparsity is not None else "")
     much += " and ratios by module" if step.modules else ""
     where = " by row" if step.scope == "row" else ""
     return f"{_method(step)} {much}{where}"
 
 
-def _sentence(step: Prune) -> str:
+def _sentence(step: Step) -> str:
+    if isinstance(step, Cut):
+        return f"Of the {step.axis}s, {_amount(step)} stay, chosen by {step.criterion}; the others are removed."
     what = _names(step.include) if step.include else "every projection"
     what += f" but {_names(step.exclude)}" if step.exclude else ""
     if step.pattern:
@@ -100,6 +104,12 @@ def _sentence(step: Prune) -> str:
     else:
         where = f"scores compete within each {step.scope or 'tensor'}"
     return f"{_method(step)} sets {share} of {what} to zero{others}; {where}."
+
+
+def _amount(step: Cut) -> str:
+    if step.target is not None:
+        return f"as many as {step.target} allows"
+    return f"{step.keep:.0%}" if step.keep is not None and step.keep <= 1 else f"{step.keep:g}"
 
 
 def _method(step: Prune) -> str:

@@ -125,13 +125,13 @@ def test_plan_says_what_prune_then_does(run, models, small, tmp_path, name):
     planned = ssmcompress.plan(models[name], sparsity=0.3)
     code, printed, err = run("plan", models[name], "--sparsity", 0.3)
     assert code == 0, err
-    for words in (f"{planned.params:,}", f"{planned.zeros:,}", f"{planned.weight_bytes:,}", "transformers"):
+    for words in (f"{planned.after.params:,}", f"{planned.zeros:,}", f"{planned.after.weight_bytes:,}", "transformers"):
         assert words in printed + err
     result = ssmcompress.prune(models[name], out=tmp_path / "out", sparsity=0.3, **small)
     assert planned.zeros == sum(int((~edit.keep).sum()) for edit in result.edits)
     summary = ssmcompress.evaluate(str(result.folder), perplexity=small["calib"], limit=1)
-    assert planned.weight_bytes == summary.weight_bytes
-    assert planned.params == summary.params and planned.state_bytes == summary.state_bytes
+    assert planned.after.weight_bytes == summary.weight_bytes
+    assert planned.after.params == summary.params and planned.after.state_bytes == summary.state_bytes
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "falcon_mamba"])

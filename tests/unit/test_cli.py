@@ -13,7 +13,7 @@ import ssmcompress
 from ssmcompress import cli, options
 from ssmcompress.errors import BackendError, GateError, InputError, UnsupportedError
 from ssmcompress.events import Note, Table
-from ssmcompress.recipe import PruneOptions, Recipe, pruning
+from ssmcompress.recipe import METHODS, Cut, Prune, PruneOptions, Recipe, pruning
 
 VERBS = {
     *("prune", "plan", "apply", "eval", "generate", "compare"),
@@ -135,6 +135,7 @@ def test_options_arrive_as_they_were_given(calls):
         "prune MODEL --method sparsegpt --pattern 2:4 --scope row --include in_proj --include out_proj --exclude x_proj"
     )
     line += " --calib text.jsonl --calib-split train --calib-column text --calib-mix recall --windows 8 --length 64"
+    line += " --axis state --keep 0.5 --target state=50% --any-size"
     line += " --no-eval --overwrite --seed 3 --device cuda:1 --dtype bfloat16 --backend torch --out out"
     assert run(*line.split()) == 0
     given = calls[0][1]
@@ -146,6 +147,10 @@ def test_options_arrive_as_they_were_given(calls):
         "sparsity": None,
         "pattern": "2:4",
         "scope": "row",
+        "axis": "state",
+        "keep": 0.5,
+        "target": "state=50%",
+        "any_size": True,
         "include": ("in_proj", "out_proj"),
         "exclude": ("x_proj",),
         "calib": "text.jsonl",
@@ -182,8 +187,13 @@ def test_perplexity_is_the_default_measure_and_its_text_optional(calls, line, pe
 
 
 def test_choices_are_those_of_the_recipe():
-    step = get_args(Recipe.model_fields["steps"].annotation)[0]
-    assert set(get_args(options.Method)) == set(get_args(step.model_fields["method"].annotation))
+
+    methods = {
+        *get_args(Prune.model_fields["method"].annotation),
+        *(name for names in METHODS.values() for name in names),
+    }
+    assert set(get_args(options.Method)) == methods
+    assert get_args(options.AxisName) == get_args(Cut.model_fields["axis"].annotation) == tuple(METHODS)
     assert set(get_args(options.Backend)) == set(get_args(Recipe.model_fields["backend"].annotation))
 
 

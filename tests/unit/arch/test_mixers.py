@@ -129,9 +129,28 @@ def test_taps_show_the_input_of_every_prunable_module(name):
         watch = partial(_keep_input, hooked, module)
         getattr(mixer, module).register_forward_pre_hook(watch)
     logits(model, ids)
-    assert set(seen) == set(arch.prunable)
+    assert set(seen) == {*arch.prunable, "scan"}
     for module, tensor in hooked.items():
         assert torch.equal(seen[module], tensor)
     for module in arch.prunable:
         weight = getattr(mixer, module).weight
         assert seen[module].shape == (2, 9, weight.shape[0] if module == "conv1d" else weight.shape[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_the_states_of_a_scan_read_out_what_the_mixer_computes(name):
+    """y = C h + D x, gated (Mamba-1) or normed with the gate (Mamba-2), is what out_proj takes in."""
+    model, ids = models.ours(name), models.tokens(2, 9)
+    mixer = models.arch_for(model.config).blocks(model)[1].mixer
+    seen = {}
+    mixer.taps = seen.setdefault
+    logits(model, ids)
+    scan = seen["scan"]
+    heads = scan.x.shape[2] // scan.C.shape[2]
+    read = [(h * scan.C[:, t].repeat_interleave(heads, 1)[:, :, None]).sum(-1) for t, h in enumerate(scan.states())]
+    y = (torch.stack(read, 1) + mixer.D[:, None] * scan.x).flatten(2)
+    z = mixer.in_proj(seen["in_proj"])
+    z = z[..., y.shape[-1] :][..., : y.shape[-1]] if hasattr(mixer, "dt_proj") else z[..., : y.shape[-1]]
+    wanted = y * torch.nn.functional.silu(z) if hasattr(mixer, "dt_proj") else mixer.norm(y, z)
+    assert relative(seen["out_proj"], wanted) < 1e-5

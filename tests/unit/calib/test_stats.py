@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssmcompress.calib.stats import Hessian, SquaredSum
+from ssmcompress.calib.stats import Activity, Hessian, Spread, SquaredSum
 from ssmcompress.errors import InputError, UnsupportedError
 
 
@@ -103,3 +103,17 @@ def test_another_width_is_refused():
         SquaredSum(3).add(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="width 4 where 3"):
         Hessian(3).merge(Hessian(4))
+
+
+def test_the_spread_is_mean_and_sample_variance(inputs):
+    rows = inputs.double().flatten(0, 1)
+    for found in (seen(Spread, inputs), seen(Spread, *inputs.split(2))):
+        assert torch.allclose(found.mean.double(), rows.mean(0), rtol=1e-5)
+        assert torch.allclose(found.variance.double(), rows.var(0), rtol=1e-5)
+
+
+def test_activity_counts_every_window_once(inputs):
+    expected = inputs.double().abs().mean(1).square().sum(0).sqrt().float()
+    for found in (seen(Activity, inputs), seen(Activity, *inputs.split(4))):
+        assert torch.allclose(found.norm, expected)
+    assert seen(Activity, inputs[:, :5]).count == 30

@@ -22,10 +22,11 @@ def walk(model, edit=None, modules=None, collect=SquaredSum, batch=2, ids=None, 
 
     def gather(layer, block, statistics):
         seen[layer] = dict(statistics)
-        return 1.0 if edit is None else edit(layer, block)
+        return block, 1.0 if edit is None else edit(layer, block)
 
     given = models.tokens(5, 11) if ids is None else ids
-    hidden = Walk(modules or arch.prunable, collect, gather, batch).run(model, arch, given, emit or events.append)
+    watched = dict.fromkeys(modules or arch.prunable, collect)
+    hidden = Walk(watched, gather, batch).run(model, arch, given, emit or events.append)
     return seen, hidden, events
 
 

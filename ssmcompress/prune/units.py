@@ -1,0 +1,182 @@
+"""Scores the units of an axis, block by block, and keeps the best of each layer."""
+
+import time
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ssmcompress.arch.base import Arch, Axis, Slice, fill_buffers, mixers, use_backend
+from ssmcompress.arch.surgery import Surgery
+from ssmcompress.calib.states import States
+from ssmcompress.calib.stats import Activity, Moment, Spread, SquaredSum
+from ssmcompress.calib.walk import Walk
+from ssmcompress.edits import Edit, Keep
+from ssmcompress.events import Emit, LayerDone, Phase, ignore
+from ssmcompress.prune import scores
+from ssmcompress.prune.sizes import best, first
+from ssmcompress.recipe import Cut
+
+Fisher = Mapping[str, Tensor]
+TAPS: dict[str, dict[str, type[Moment]]] = {  # what a method observes; the others know enough from the weights
+    "joint": {"scan": States},
+    "ghost": {"scan": States},
+    "minitron": {"conv1d": Activity},
+    "flap": {"out_proj": Spread},
+    "wanda": {"dt_proj": SquaredSum},
+}
+
+
+@torch.no_grad()
+def find_units(
+    model: PreTrainedModel,
+    arch: Arch,
+    step: Cut,
+    after: int,
+    windows: Tensor | None = None,
+    seed: int = 0,
+    emit: Emit = ignore,
+    finished: MutableMapping[int, list[Edit]] | None = None,
+) -> list[Keep]:
+    """The units of a block's axis that stay, `after` in every layer; windows [n, L] of token ids where the method asks.
+
+    The model is left as it is; each block's inputs are those that the cut blocks before it make. Layers that are in
+    `finished` keep the units found there; the others are added to it.
+    """
+    axis = arch.axes()[step.axis]
+    finished = {} if finished is None else finished
+    emit(Phase(f"choosing {step.axis}s by {step.criterion}", arch.layers))
+    fisher = squared_gradients(model, windows, axis) if step.criterion == "taylor" and windows is not None else {}
+    groups = arch.config.n_groups if step.axis == "head" else 1
+    small = Surgery(arch, first(arch, step.axis, after)).arch.build("meta")
+    use_backend(small, next(mixers(model)).backend)
+    found: list[Keep] = []
+
+    def choose(layer: int, block: nn.Module, statistics: Mapping[str, Moment]) -> tuple[nn.Module, float | None]:
+        if layer not in finished:
+            scorer = Scorer(arch, axis, layer, block, statistics, fisher, seed)
+            finished[layer] = [Keep(step.axis, layer, best(scorer.score(step.criterion), after, groups))]
+        found.extend(cast(list[Keep], finished[layer]))
+        return _cut(small, arch, layer, block, found[-1:]), after / axis.size
+
+    taps = TAPS.get(step.criterion, {})
+    if taps and windows is not None:
+        Walk(taps, choose, known=tuple(finished)).run(model, arch, windows, emit)
+    else:
+        for layer, block in enumerate(arch.blocks(model)):
+            started = time.perf_counter()
+            _, kept = choose(layer, block, {})
+            emit(LayerDone(layer, arch.layers, time.perf_counter() - started, kept=kept))
+    return found
+
+
+@torch.enable_grad()
+def squared_gradients(model: PreTrainedModel, windows: Tensor, axis: Axis) -> dict[str, Tensor]:
+    """The mean over windows of the squared gradient of the loss, of every tensor the axis cuts (Fisher diagonal)."""
+    tensors = {part.tensor for part in axis.slices}
+    wanted = {name: p for name, p in model.named_parameters() if name.split(".", 3)[-1] in tensors}
+    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in wanted.items()}
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+    for ids in windows.split(1):
+        logits = cast(Any, model)(ids, use_cache=False).logits.float()
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        for name, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True):
+            total[name] += gradient.float().square() / len(windows)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(required[name])
+    return total
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What is known of one axis of one block when its units are scored."""
+
+    arch: Arch
+    axis: Axis
+    layer: int
+    block: nn.Module
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+    fisher: Fisher = field(default_factory=dict)
+    seed: int = 0
+
+    def score(self, method: str) -> Tensor:
+        """The score of every unit, [units] float32: higher matters more."""
+        return getattr(self, f"_{method}")()
+
+    def _magnitude(self) -> Tensor:
+        names = {f"mixer.{module}.weight" for module in self.arch.prunable}
+        return self._owned({name: scores.magnitude(self._tensor(name)).square() for name in names})
+
+    def _taylor(self) -> Tensor:
+        prefix, names = self.arch.prefix(self.layer), {part.tensor for part in self.axis.slices}
+        return self._owned({name: scores.taylor(self._tensor(name), self.fisher[prefix + name]) for name in names})
+
+    def _random(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.layer)
+        return torch.rand(self.axis.size, generator=generator)
+
+    def _minitron(self) -> Tensor:
+        return self._inputs("conv1d", self.statistics["conv1d"].norm.square()).sqrt()
+
+    def _flap(self) -> Tensor:
+        weight = self._tensor("mixer.out_proj.weight")
+        return self._inputs("out_proj", scores.flap(weight, self.statistics["out_proj"].variance))
+
+    def _wanda(self) -> Tensor:
+        weight = self._tensor("mixer.dt_proj.weight")
+        return self._inputs("dt_proj", scores.wanda(weight, self.statistics["dt_proj"].norm).square().sum(0))
+
+    def _joint(self) -> Tensor:
+        return self.statistics["scan"].joint.sum(0)
+
+    def _ghost(self) -> Tensor:
+        return (self.statistics["scan"].energy * self.statistics["scan"].readout).sum(0)
+
+    def _last(self) -> Tensor:
+        cuts = [part for part in self.axis.slices if part.tensor in ("mixer.x_proj.weight", "mixer.in_proj.weight")]
+        B, C = (self._tensor(part.tensor)[_indices(self.axis, part)].transpose(0, 1) for part in cuts)
+        mixer = cast(Any, self.block.mixer)
+        if mixer.A_log.dim() == 1:  # one decay a head: it is the same for all states
+            return scores.last(B, C, torch.ones(1, self.axis.size))
+        delta = F.softplus(mixer.dt_proj.bias.float())[:, None]
+        return scores.last(B, C, delta / (1 - torch.exp(-delta * mixer.A_log.float().exp())))
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.block.get_parameter(name)
+
+    def _inputs(self, module: str, values: Tensor) -> Tensor:
+        """The sum of values over the inputs of a module that each unit owns."""
+        name, dim = f"mixer.{module}.weight", 0 if module == "conv1d" else 1
+        part = next(part for part in self.axis.slices if (part.tensor, part.dim) == (name, dim))
+        return scores.per_unit(values.cpu(), _indices(self.axis, part))
+
+    def _owned(self, saliency: Mapping[str, Tensor]) -> Tensor:
+        """The sum of saliencies, by tensor, over all entries that each unit owns."""
+        total = torch.zeros(self.axis.size)
+        for part in self.axis.slices:
+            if part.tensor in saliency:
+                values = saliency[part.tensor].movedim(part.dim, 0)
+                values = values.reshape(len(values), -1).sum(1)
+                total += scores.per_unit(values.cpu(), _indices(self.axis, part))
+        return total
+
+
+def _indices(axis: Axis, part: Slice) -> Tensor:
+    """The indices of a cut that each unit owns, [units, indices]."""
+    return torch.tensor([part.indices(unit) for unit in range(axis.size)])
+
+
+def _cut(small: PreTrainedModel, arch: Arch, layer: int, block: nn.Module, keeps: list[Keep]) -> nn.Module:
+    """The block with its other units removed, as the smaller model has it."""
+    surgery, prefix = Surgery(arch, keeps), arch.prefix(layer)
+    state = {name: surgery.cut(prefix + name, tensor) for name, tensor in block.state_dict().items()}
+    left = arch.blocks(small)[layer]
+    left.load_state_dict(state, assign=True)
+    fill_buffers(left, next(block.parameters()).device)
+    return left.eval()

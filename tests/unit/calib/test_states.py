@@ -1,0 +1,37 @@
+"""The sums over a scan's states against loops over the recurrence."""
+
+import pytest
+import torch
+
+from ssmcompress.arch.base import mixers
+from ssmcompress.calib.states import States
+from ssmcompress.calib.taps import observe
+from tests.unit.arch import models
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "mamba2-grouped", "mamba2-limited"])
+def test_the_sums_are_those_of_the_recurrence(name):
+    model, ids = models.ours(name), models.tokens(3, 7)
+    mixer, seen = next(mixers(model)), []
+    with observe(mixer, lambda module, x: seen.append(x) if module == "scan" else None), torch.no_grad():
+        model(ids)
+    scan = seen[0]
+    found = States.of(scan)
+    for row in range(3):
+        found.add(type(scan)(*(part[row : row + 1] if i in (0, 1, 3, 4) else part for i, part in enumerate(scan))))
+    groups, size = scan.B.shape[2:]
+    per_group = scan.x.shape[2] // groups
+    delta = torch.nn.functional.softplus(scan.dt + scan.dt_bias).clamp(*scan.limit)
+    sums = torch.zeros(3, groups, size, dtype=torch.float64)
+    for b in range(3):
+        for h in range(scan.x.shape[2]):
+            state, g = torch.zeros(scan.x.shape[3], size), h // per_group
+            for t in range(7):
+                state = torch.exp(delta[b, t, h] * scan.A[h]) * state
+                state = state + torch.outer(delta[b, t, h] * scan.x[b, t, h], scan.B[b, t, g])
+                sums[0, g] += state.square().sum(0).double()
+                sums[1, g] += scan.C[b, t, g].square().double() / per_group
+                sums[2, g] += (scan.C[b, t, g].square() * state.square().sum(0)).double()
+    assert found.count == 21
+    for figure, total in zip((found.energy, found.readout, found.joint), sums, strict=True):
+        assert torch.allclose(figure.double(), total / 21, rtol=1e-4, atol=1e-12)

@@ -1,0 +1,78 @@
+"""Whole blocks: the greedy search against brute force, and similarity against its definition."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssmcompress.arch.registry import arch_for
+from ssmcompress.arch.surgery import Surgery
+from ssmcompress.edits import Keep
+from ssmcompress.prune.depth import find_layers, likelihood
+from ssmcompress.recipe import Cut
+from tests.unit.arch import models
+from tests.unit.arch.models import CONFIGS
+
+
+@pytest.fixture(params=["mamba", "mamba2"])
+def four(request):
+    """A random model of four blocks."""
+    config = copy.deepcopy(CONFIGS[request.param])
+    config.num_hidden_layers = 4
+    torch.manual_seed(3)
+    return arch_for(config).build("cpu").eval()
+
+
+def nats(model, ids):
+    logits = model(ids).logits
+    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+
+
+@torch.no_grad()
+def test_the_greedy_search_is_the_one_by_hand(four):
+    arch, ids = arch_for(four.config), models.tokens(3, 14)
+    keep = torch.ones(4, dtype=torch.bool)
+    for _ in range(2):
+        costs = {}
+        for layer in keep.nonzero().flatten().tolist():
+            without = keep.clone()
+            without[layer] = False
+            costs[layer] = nats(Surgery(arch, [Keep("layer", None, without)]).operate(four), ids)
+        keep[min(costs, key=costs.get)] = False
+    (found,) = find_layers(four, arch, Cut(axis="layer", keep=2), 2, ids)
+    assert torch.equal(found.keep, keep)
+
+
+@torch.no_grad()
+def test_the_likelihood_is_the_models(four):
+    ids = models.tokens(3, 14)
+    assert likelihood(four, arch_for(four.config), ids, range(4)) == pytest.approx(nats(four, ids), rel=1e-5)
+
+
+def test_a_search_goes_on_where_it_was_stopped(four):
+    arch, ids, finished = arch_for(four.config), models.tokens(3, 14), {}
+    (whole,) = find_layers(four, arch, Cut(axis="layer", keep=1), 1, ids, finished=finished)
+    assert sorted(finished) == [0, 1, 2]
+    begun = {0: finished[0]}
+    (again,) = find_layers(four, arch, Cut(axis="layer", keep=1), 1, ids, finished=begun)
+    assert torch.equal(again.keep, whole.keep) and sorted(begun) == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_similarity_keeps_the_blocks_that_turn_the_stream_most(four):
+    arch, ids = arch_for(four.config), models.tokens(3, 14)
+    streams = [four.backbone.embeddings(ids)]
+    for block in arch.blocks(four):
+        streams.append(block(streams[-1]))
+    turned = [float(1 - F.cosine_similarity(a, b, dim=-1).mean()) for a, b in itertools.pairwise(streams)]
+    (found,) = find_layers(four, arch, Cut(axis="layer", method="similarity", keep=2), 2, ids)
+    assert set(found.keep.nonzero().flatten().tolist()) == set(sorted(range(4), key=turned.__getitem__)[2:])
+
+
+def test_random_depends_on_the_seed_alone(four):
+    arch, step = arch_for(four.config), Cut(axis="layer", method="random", keep=2)
+    first, again = (find_layers(four, arch, step, 2, seed=5)[0].keep for _ in range(2))
+    assert torch.equal(first, again) and int(first.sum()) == 2
+    assert len({tuple(find_layers(four, arch, step, 2, seed=s)[0].keep.tolist()) for s in range(9)}) > 1

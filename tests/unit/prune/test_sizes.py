@@ -1,0 +1,100 @@
+"""How many units stay: shares, numbers, budgets, and what is refused with the nearest size."""
+
+import pytest
+import torch
+
+from ssmcompress.arch.registry import arch_for
+from ssmcompress.arch.surgery import Surgery
+from ssmcompress.errors import UnsupportedError
+from ssmcompress.prune.sizes import Weights, best, figures, first, possible, size
+from ssmcompress.recipe import Cut
+from tests.unit.arch.models import CONFIGS
+
+
+def weights(name):
+    shapes = {key: parameter.shape for key, parameter in arch_for(CONFIGS[name]).build().named_parameters()}
+    return Weights(shapes, {key: 4 if key.endswith("A_log") else 2 for key in shapes})
+
+
+def found(name, **step):
+    return size(arch_for(CONFIGS[name]), Cut(**step), weights(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "after"),
+    [
+        ("mamba-biased", {"axis": "state", "keep": 0.75}, 12),
+        ("mamba-biased", {"axis": "state", "keep": 12}, 12),
+        ("mamba-biased", {"axis": "state", "keep": 1}, 16),
+        ("mamba", {"axis": "channel", "keep": 0.5}, 32),
+        ("mamba-biased", {"axis": "dt_rank", "keep": 0.67}, 2),
+        ("mamba", {"axis": "layer", "keep": 0.5}, 1),
+        ("mamba2", {"axis": "state", "keep": 0.5}, 8),
+        ("mamba2", {"axis": "state", "keep": 12, "any_size": True}, 12),
+        ("mamba2-grouped", {"axis": "head", "keep": 0.5}, 2),
+        ("mamba2-grouped", {"axis": "head_channel", "keep": 0.5}, 8),
+    ],
+)
+def test_a_share_or_a_number(name, step, after):
+    assert found(name, **step).after == after and not (step["keep"] in (0.5, 12) and found(name, **step).note)
+
+
+def test_a_share_between_sizes_goes_to_the_nearest_and_says_why():
+    near = found("mamba", axis="channel", keep=0.7)
+    assert near.after == 48 and near.note == "48 of 64 channels stay, not 44.8: the kernels read channels by 8."
+    assert found("mamba", axis="channel", keep=0.7, any_size=True).after == 45
+    assert "units are whole" in found("mamba-biased", axis="dt_rank", keep=0.5).note
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "message", "hint"),
+    [
+        ("mamba", {"axis": "head", "keep": 0.5}, "mamba has no axis 'head'", "channel, state, dt_rank, layer"),
+        ("mamba2", {"axis": "channel", "keep": 0.5}, "no axis 'channel'", "head, head_channel, state, layer"),
+        ("mamba", {"axis": "state", "keep": 0}, "0 of 5 states cannot stay: at least one must", "1 (--keep 0.2)"),
+        ("mamba", {"axis": "state", "keep": 6}, "6 of 5 states cannot stay: there are 5", "5 (--keep 1)"),
+        ("mamba2", {"axis": "state", "keep": 0.75}, "12 of 16 states", "8 (--keep 0.5) or 16 (--keep 1). Or say --any"),
+        ("mamba2", {"axis": "state", "keep": 12}, "power of two", "8 (--keep 0.5) or 16"),
+        ("mamba2-grouped", {"axis": "head", "keep": 3}, "every group keeps as many", "2 (--keep 0.5) or 4 (--keep 1)."),
+        ("mamba", {"axis": "channel", "keep": 20}, "read channels by 8", "16 (--keep 0.25) or 24"),
+        ("mamba", {"axis": "channel", "keep": 0.01}, "0.64 of 64 channels", "8 (--keep 0.125)"),
+        ("mamba", {"axis": "state", "target": "params=10%"}, "out of reach of the axis state", "The least is params="),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_nearest(name, step, message, hint):
+    with pytest.raises(UnsupportedError) as refused:
+        found(name, **step)
+    assert message in refused.value.message and hint in refused.value.hint
+
+
+@pytest.mark.parametrize(("name", "axis"), [("mamba", "channel"), ("mamba", "state"), ("mamba2", "state")])
+@pytest.mark.parametrize("kind", ["params", "state", "memory"])
+def test_a_budget_takes_the_largest_size_within(name, axis, kind):
+    arch, known = arch_for(CONFIGS[name]), weights(name)
+
+    def amount(after):
+        return figures(Surgery(arch, first(arch, axis, after)), known).of(kind)
+
+    sizes = possible(arch, Cut(axis=axis, keep=1), arch.axes()[axis].size)
+    for most in (amount(sizes[-1]), (amount(sizes[0]) + amount(sizes[-1])) // 2, amount(sizes[0])):
+        within = found(name, axis=axis, target=f"{kind}={most}").after
+        assert amount(within) <= most
+        larger = [each for each in sizes if each > within]
+        assert not larger or amount(larger[0]) > most
+
+
+def test_figures_count_every_entry_and_its_bytes():
+    arch, known = arch_for(CONFIGS["mamba"]), weights("mamba")
+    whole = figures(Surgery(arch, ()), known)
+    assert whole.params == sum(shape.numel() for shape in known.shapes.values())
+    assert whole.weight_bytes == 2 * whole.params + 2 * 2 * 64 * 5 and whole.state_bytes == arch.state_bytes()
+    less = figures(Surgery(arch, first(arch, "state", 3)), known)
+    assert whole.params - less.params == 2 * 2 * 3 * 64  # layers, states, A_log and the rows of B and C
+    assert less.of("memory") == less.weight_bytes + less.state_bytes
+
+
+def test_the_best_of_every_group_stay_and_of_equals_the_first():
+    score = torch.tensor([1.0, 3.0, 2.0, 5.0, 0.0, 0.0])
+    assert best(score, 3).tolist() == [False, True, True, True, False, False]
+    assert best(score, 4, groups=2).tolist() == [False, True, True, True, True, False]
+    assert best(torch.zeros(4), 2).tolist() == [True, True, False, False]
