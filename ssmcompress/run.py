@@ -242,6 +242,8 @@ def _edit(
 ) -> list[Edit]:
     dtypes = {name: checkpoint.stored.dtype(name) for name in checkpoint.stored}
     ids = None if windows is None else windows.ids.to(recipe.device)
+    if dropped := journal.calibrate("" if windows is None else windows.sha256):
+        tell(Note(f"The calibration tokens are not those of the earlier run: the layers it finished ({dropped}) go."))
     made = []
     for i, step in enumerate(recipe.steps):
         layers = journal.step(i)

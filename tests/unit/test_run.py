@@ -155,6 +155,25 @@ def test_a_run_goes_on_where_it_was_stopped(folder, text, tmp_path, monkeypatch)
         assert not out.with_name(f"{method}.partial").exists()
 
 
+def test_a_run_does_not_go_on_with_another_text_of_the_same_name(folder, text, tmp_path):
+    options = {"calib": text, "windows": 4, "length": 16, "no_eval": True}
+
+    def stop(event):
+        if isinstance(event, LayerDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ssmcompress.prune(str(folder), out=tmp_path / "out", emit=stop, **options)
+    Path(text).write_text(" ".join(f"w{i * i % 7}" for i in range(900)))
+    events = []
+    ssmcompress.prune(str(folder), out=tmp_path / "out", emit=events.append, **options)
+    told = [event.text for event in events if isinstance(event, Note)]
+    assert any("not those of the earlier run: the layers it finished (1)" in each for each in told)
+    assert not any("Going on" in each for each in told)
+    ssmcompress.prune(str(folder), out=tmp_path / "fresh", **options)
+    assert manifest.hashes(tmp_path / "out") == manifest.hashes(tmp_path / "fresh")
+
+
 def test_a_run_of_another_recipe_starts_over(folder, text, tmp_path):
     def stop(event):
         if isinstance(event, LayerDone):
