@@ -25,7 +25,7 @@ from ssmcompress.recipes import read, shipped
 
 @dataclass(frozen=True)
 class Plan:
-    """Entries and bytes of the weights, entries that would be zero, and what becomes of each tensor."""
+    """Entries and bytes of the weights, entries that would be zero at least, and what becomes of each tensor."""
 
     params: int
     weight_bytes: int
@@ -48,21 +48,22 @@ def plan(
     arch, weights = arch_for(source.config()), Shards(source.folder)
     shapes = {name: weights.shape(name) for name in weights}
     expected: dict[str, float] = {}
+    anew: set[str] = set()  # new values fill zeros that were there
     for step in recipe.steps:
         for module, target in targets(arch, step).items():
             for name in names(arch, module):
                 kept = expected_kept(shapes[name], module, target, step.method)
                 expected[name] = min(kept, expected.get(name, 1.0))
-    records = records_of(arch, shapes, expected, formless(recipe.steps))
-    zeros = sum(
-        round((1 - record.kept) * torch.Size(record.shape).numel()) for record in records if record.status == "pruned"
-    )
+                anew |= {name} if step.method == "sparsegpt" and kept < 1 else set()
+    counted = manifest.zeros(source.folder)
+    least = at_least(shapes, expected, {name: count for name, count in (counted or {}).items() if name not in anew})
+    records = records_of(arch, shapes, expected, formless(recipe.steps), counted and least)
     found = Plan(
         params=sum(shape.numel() for shape in shapes.values()),
         weight_bytes=sum(shapes[name].numel() * weights.dtype(name).itemsize for name in weights),
         state_bytes=arch.state_bytes(),
-        zeros_before=manifest.zeros(source.folder),
-        zeros=zeros,
+        zeros_before=None if counted is None else sum(counted.values()),
+        zeros=sum(least.values()),
         tensors=tuple(records),
     )
     _tell(found, emit)
@@ -104,6 +105,12 @@ def expected_kept(shape: torch.Size, module: str, target: Target, method: str) -
     return 1 - int(size * target.sparsity) / size
 
 
+def at_least(shapes: Mapping[str, torch.Size], kept: Mapping[str, float], before: Mapping[str, int]) -> dict[str, int]:
+    """The zeros that every tensor will hold at least: those there are, which masks may choose again, or the masks'."""
+    made = {name: round((1 - kept.get(name, 1.0)) * shape.numel()) for name, shape in shapes.items()}
+    return {name: max(count, before.get(name, 0)) for name, count in made.items()}
+
+
 def coverage(
     arch: Arch, weights: Shards, edits: Iterable[Edit], steps: Sequence[Prune], zeros: Mapping[str, int]
 ) -> tuple[TensorRecord, ...]:
@@ -134,9 +141,9 @@ def records_of(
     return tuple(records)
 
 
-def tell_coverage(records: Sequence[TensorRecord], emit: Emit) -> None:
+def tell_coverage(records: Sequence[TensorRecord], emit: Emit, share: str = "not zero") -> None:
     """The coverage table: every kind of tensor once."""
-    emit(Table("coverage", ("weight", "tensors", "what happened", "not zero"), tuple(coverage_rows(records))))
+    emit(Table("coverage", ("weight", "tensors", "what happened", share), tuple(coverage_rows(records))))
     if any(record.status == "pruned" for record in records):
         emit(Note(MASKS))
 
@@ -147,11 +154,11 @@ def _tell(found: Plan, emit: Emit) -> None:
         (
             "of them zero",
             "not counted" if found.zeros_before is None else f"{found.zeros_before:,}",
-            f"{found.zeros:,}",
+            f"at least {found.zeros:,}" if found.zeros_before else f"{found.zeros:,}",
         ),
         ("weight bytes", f"{found.weight_bytes:,}", f"{found.weight_bytes:,}"),
         ("state bytes a sequence", f"{found.state_bytes:,}", f"{found.state_bytes:,}"),
     )
     emit(Table("plan", ("", "before", "after"), rows))
     emit(Note(f"The output loads in {' and '.join(found.loads_in)}."))
-    tell_coverage(found.tensors, emit)
+    tell_coverage(found.tensors, emit, "not zero, at most" if found.zeros_before else "not zero")

@@ -201,6 +201,26 @@ def test_a_pruned_model_pruned_again_tells_all_its_zeros_and_its_history(folder,
     assert first.earlier == ()
 
 
+def test_a_plan_for_a_pruned_model_counts_the_zeros_it_has(folder, text, tmp_path):
+    options = {"calib": text, "windows": 4, "length": 16, "no_eval": True}
+    ssmcompress.prune(str(folder), out=tmp_path / "a", sparsity=0.6, include="in_proj", **options)
+    counted = sum(tensor.zeros for tensor in manifest.read(tmp_path / "a").tensors)
+    for step in ({"sparsity": 0.3}, {"sparsity": 0.3, "include": "out_proj"}, {"method": "sparsegpt", "sparsity": 0.3}):
+        events = []
+        told = ssmcompress.plan(str(tmp_path / "a"), emit=events.append, **step)
+        ssmcompress.prune(str(tmp_path / "a"), out=tmp_path / "b", overwrite=True, **options, **step)
+        made = {tensor.name: tensor for tensor in manifest.read(tmp_path / "b").tensors}
+        assert all(each.zeros <= made[each.name].zeros for each in told.tensors)
+        assert told.zeros == sum(each.zeros for each in told.tensors) <= sum(each.zeros for each in made.values())
+        assert (told.zeros > counted) == ("method" not in step)
+        tables = {event.title: event for event in events if isinstance(event, Table)}
+        rows = {row[0]: row for row in tables["plan"].rows}
+        assert rows["of them zero"][1:] == (f"{counted:,}", f"at least {told.zeros:,}")
+        share = {row[0]: row[-1] for row in tables["coverage"].rows}["mixer.in_proj.weight"]
+        assert tables["coverage"].columns[-1] == "not zero, at most"
+        assert share == ("70.0%" if "method" in step else "40.0%")
+
+
 def test_new_values_go_only_to_the_weights_they_were_made_from(folder, text, tmp_path):
     folders.save("mamba", tmp_path / "other", tokenizer=True)
     path = tmp_path / "other" / "model.safetensors"
