@@ -16,7 +16,7 @@ from ssmcompress.checkpoint import card, manifest
 from ssmcompress.checkpoint.manifest import SourceRecord, TensorRecord
 from ssmcompress.checkpoint.source import Checkpoint
 from ssmcompress.checkpoint.verify import Verification
-from ssmcompress.edits import Edit, Mask
+from ssmcompress.edits import Edit, Mask, Replace
 from ssmcompress.measure.glance import ON, Glance
 from ssmcompress.measure.perplexity import paired_difference
 from ssmcompress.recipe import Recipe
@@ -63,7 +63,7 @@ def write(
     card.write(
         folder,
         title=f"{checkpoint.source.label}, pruned",
-        summary=_summary(edits),
+        summary=_summary(edits, checkpoint.stored),
         manifest=made,
         recipe=recipe.to_yaml(),
         measures=measures,
@@ -97,7 +97,17 @@ def fingerprint(edits: Sequence[Edit], weights: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _summary(found: Sequence[Edit]) -> str:
+def _summary(found: Sequence[Edit], before: Mapping[str, Tensor]) -> str:
+    """How much was set to zero, apart from what was zero before; new values may have filled some of that."""
     masks = [edit for edit in found if isinstance(edit, Mask)]
-    kept = sum(int(mask.keep.sum()) for mask in masks) / max(1, sum(mask.keep.numel() for mask in masks))
-    return f"{1 - kept:.1%} of the entries of {len(masks)} weight tensors were set to zero by ssmcompress."
+    filled = {edit.tensor: edit.values for edit in found if isinstance(edit, Replace)}
+    entries, new, total = 0, 0, 0
+    for mask in masks:
+        old = before[mask.tensor] != 0
+        left = mask.keep & (filled[mask.tensor] != 0 if mask.tensor in filled else old)
+        entries += left.numel()
+        new += int((old & ~left).sum())
+        total += left.numel() - int(left.sum())
+    size = max(1, entries)
+    told = f"{new / size:.1%} of the entries of {len(masks)} weight tensors were set to zero by ssmcompress"
+    return f"{told}." if new == total else f"{told}; with those that were zero before, {total / size:.1%} are."

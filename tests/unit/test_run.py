@@ -201,6 +201,31 @@ def test_a_pruned_model_pruned_again_tells_all_its_zeros_and_its_history(folder,
     assert first.earlier == ()
 
 
+def test_zeros_that_were_there_are_not_claimed(folder, text, tmp_path):
+    options = {"calib": text, "windows": 4, "length": 16, "no_eval": True, "include": "in_proj"}
+    ssmcompress.prune(str(folder), out=tmp_path / "a", sparsity=0.5, **options)
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "50.0% of the entries of 2 weight tensors were set to zero by ssmcompress.\n" in card
+    steps = ({"sparsity": 0.75}, {"sparsity": 0.25}, {"method": "sparsegpt", "pattern": "3:4"})
+    for step in steps:
+        events = []
+        ssmcompress.prune(
+            str(tmp_path / "a"), out=tmp_path / "b", overwrite=True, emit=events.append, **options, **step
+        )
+        old, new = (
+            torch.cat([Shards(tmp_path / at)[f"backbone.layers.{i}.mixer.in_proj.weight"] for i in (0, 1)]) == 0
+            for at in "ab"
+        )
+        told = f"{float((new & ~old).double().mean()):.1%} of the entries of 2 weight tensors were set to zero"
+        total = f"with those that were zero before, {float(new.double().mean()):.1%} are.\n"
+        card = (tmp_path / "b" / "README.md").read_text()
+        assert f"{told} by ssmcompress; {total}" in card
+        layers = [event.kept for event in events if isinstance(event, LayerDone)]
+        assert layers == pytest.approx([float((~half).double().mean()) for half in new.chunk(2)])
+        ssmcompress.apply(tmp_path / "b" / "edits.safetensors", str(tmp_path / "a"), out=tmp_path / "c", overwrite=True)
+        assert (tmp_path / "c" / "README.md").read_text() == card
+
+
 def test_a_plan_for_a_pruned_model_counts_the_zeros_it_has(folder, text, tmp_path):
     options = {"calib": text, "windows": 4, "length": 16, "no_eval": True}
     ssmcompress.prune(str(folder), out=tmp_path / "a", sparsity=0.6, include="in_proj", **options)
