@@ -32,7 +32,7 @@ from ssmcompress.measure import exercises
 from ssmcompress.measure.glance import Glance, glance, tell_change
 from ssmcompress.plan import coverage, tell_coverage
 from ssmcompress.prune.apply import find_edits
-from ssmcompress.prune.targets import targets
+from ssmcompress.prune.targets import targets, written_out
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import parse, read
 
@@ -106,7 +106,7 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
     for step in recipe.steps:
         targets(arch, step)
     origin = manifest.describe(source)
-    told, key = recipe.portable(source.label), _key(recipe, origin, measure)
+    told, key = written_out(arch, recipe.portable(source.label)), _key(recipe, origin, measure)
     with output(out, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
         journal = Journal(folder, EVENTS)
         with journal.kept(), JsonLines(folder / EVENTS) as lines:

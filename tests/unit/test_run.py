@@ -280,6 +280,19 @@ def test_apply_keeps_recipe_and_calibration_of_the_run(folder, text, tmp_path):
     assert said[0] == said[1] and parse(said[0].decode()).model == folder.name
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_the_recipe_of_an_output_says_every_default_and_gives_the_same_bytes(folder, text, tmp_path, method):
+    given = {"include": ["in_proj", "lm_head"], "windows": 4, "length": 16, "calib": text}
+    first = ssmcompress.prune(str(folder), out=tmp_path / "first", method=method, no_eval=True, **given).folder
+    told = parse((first / "recipe.yaml").read_text())
+    assert told.steps[0].scope == (None if method == "sparsegpt" else {"in_proj": "tensor", "lm_head": "row"})
+    assert told.sha256() == manifest.read(first).recipe_sha256
+    again = ["model=" + str(folder), "text=" + text]
+    ssmcompress.run(str(first / "recipe.yaml"), again, out=tmp_path / "again", no_eval=True)
+    ssmcompress.apply(first / "edits.safetensors", str(folder), out=tmp_path / "applied")
+    assert manifest.hashes(first) == manifest.hashes(tmp_path / "again") == manifest.hashes(tmp_path / "applied")
+
+
 def test_edits_that_do_not_fit_change_nothing(folder, text, tmp_path):
     ssmcompress.prune(str(folder), out=tmp_path / "first", method="magnitude", no_eval=True)
     folders.save("mamba2", tmp_path / "other", tokenizer=True)
