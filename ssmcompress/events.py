@@ -57,7 +57,11 @@ class Advance(Event):
 
 @dataclass(frozen=True)
 class LayerDone(Event):
-    """A layer (counted from 0) is finished: relative output error and kept fraction, None where not measured."""
+    """A layer (counted from 0) is finished; None where something is not measured.
+
+    `error` is the relative change of its output on the first calibration window; `kept` is the share of the entries of
+    what was pruned that is not zero, whoever zeroed the others.
+    """
 
     layer: int
     layers: int

@@ -9,6 +9,8 @@ from ssmcompress.checkpoint.output import kept
 from ssmcompress.edits import Edit
 
 FOLDER = ".journal"
+NONE = "none"
+TOLD = 16  # digits of the hash that names of files hold
 
 
 class Journal:
@@ -16,11 +18,20 @@ class Journal:
 
     def __init__(self, folder: Path, events: str) -> None:
         self.folder, self.events = folder / FOLDER, events
+        self.tokens = NONE
         self.folder.mkdir(exist_ok=True)
+
+    def calibrate(self, tokens: str) -> int:
+        """Drops the layers that were found with other calibration tokens (by hash, "" for none); returns how many."""
+        self.tokens = tokens[:TOLD] or NONE
+        stale = [path for path in self.folder.iterdir() if not path.name.startswith(f"{self.tokens}-")]
+        for path in stale:
+            path.unlink()
+        return sum(path.suffix == ".safetensors" for path in stale)
 
     def step(self, index: int) -> "Layers":
         """The finished layers of a step."""
-        return Layers(self.folder, f"step-{index}-layer-")
+        return Layers(self.folder, f"{self.tokens}-step-{index}-layer-")
 
     def kept(self) -> AbstractContextManager[None]:
         """When the work inside is whole nothing of the journal stays; when it fails, only the journal does."""

@@ -27,7 +27,7 @@ from ssmcompress.recipes import read, shipped
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of the model before and after, entries that would be zero, and what becomes of each tensor."""
+    """The size of the model before and after, entries that would be zero at least, and what becomes of each tensor."""
 
     before: Figures
     after: Figures
@@ -50,15 +50,17 @@ def plan(
     arch, stored = headers(source)
     weights = weigh(stored)
     expected = forecast(arch, recipe.steps, weights)
-    records = records_of(expected.surgery, weights.shapes, expected.kept, formless(recipe.steps))
-    zeros = sum(round((1 - record.kept) * record.size) for record in records if record.status == "pruned")
+    counted = manifest.zeros(source.folder)
+    least = expected.zeros(weights.shapes, counted or {})
     found = Plan(
         before=figures(Surgery(arch, ()), weights),
         after=figures(expected.surgery, weights),
         sizes=expected.sizes,
-        zeros_before=manifest.zeros(source.folder),
-        zeros=zeros,
-        tensors=tuple(records),
+        zeros_before=None if counted is None else sum(counted.values()),
+        zeros=sum(least.values()),
+        tensors=records_of(
+            expected.surgery, weights.shapes, expected.kept, formless(recipe.steps), None if counted is None else least
+        ),
     )
     _tell(found, emit)
     return found
@@ -71,6 +73,16 @@ class Forecast:
     surgery: Surgery
     kept: dict[str, float]
     sizes: tuple[Size, ...]
+    anew: frozenset[str] = frozenset()  # tensors whose new values fill zeros that were there
+
+    def zeros(self, shapes: Mapping[str, torch.Size], before: Mapping[str, int]) -> dict[str, int]:
+        """The zeros of every tensor, by new name, at least: those there, which masks may choose again, or theirs."""
+        least = {}
+        for name, old in self.surgery.names(shapes).items():
+            shape = self.surgery.shape(old, shapes[old])
+            there = 0 if old in self.anew or shape != shapes[old] else before.get(old, 0)
+            least[name] = max(there, round((1 - self.kept.get(old, 1.0)) * shape.numel()))
+        return least
 
 
 def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
@@ -81,6 +93,7 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
     units: list[Edit] = []
     kept: dict[str, float] = {}
     sizes: list[Size] = []
+    anew: set[str] = set()
     for step in steps:
         surgery = Surgery(arch, units)
         left, names = weights.after(surgery), surgery.names(weights.shapes)
@@ -93,7 +106,8 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
             for name in names_of(surgery.arch, module):
                 share = expected_kept(left.shapes[name], module, target, step.method)
                 kept[names[name]] = min(share, kept.get(names[name], 1.0))
-    return Forecast(Surgery(arch, units), kept, tuple(sizes))
+                anew |= {names[name]} if step.method == "sparsegpt" and share < 1 else set()
+    return Forecast(Surgery(arch, units), kept, tuple(sizes), frozenset(anew))
 
 
 def _recipe(model: str | Recipe, overrides: Sequence[str], options: PruneOptions) -> Recipe:
@@ -174,9 +188,9 @@ def _times(shape: torch.Size) -> str:
     return " × ".join(map(str, shape))
 
 
-def tell_coverage(records: Sequence[TensorRecord], emit: Emit) -> None:
+def tell_coverage(records: Sequence[TensorRecord], emit: Emit, share: str = "not zero") -> None:
     """The coverage table: every kind of tensor once."""
-    emit(Table("coverage", ("weight", "tensors", "what happened", "not zero"), tuple(coverage_rows(records))))
+    emit(Table("coverage", ("weight", "tensors", "what happened", share), tuple(coverage_rows(records))))
     if any(record.status == "pruned" for record in records):
         emit(Note(MASKS))
 
@@ -189,11 +203,11 @@ def _tell(found: Plan, emit: Emit) -> None:
         (
             "of them zero",
             "not counted" if found.zeros_before is None else f"{found.zeros_before:,}",
-            f"{found.zeros:,}",
+            f"at least {found.zeros:,}" if found.zeros_before else f"{found.zeros:,}",
         ),
         ("weight bytes", f"{found.before.weight_bytes:,}", f"{found.after.weight_bytes:,}"),
         ("state bytes a sequence", f"{found.before.state_bytes:,}", f"{found.after.state_bytes:,}"),
     )
     emit(Table("plan", ("", "before", "after"), rows))
     emit(Note(f"The output loads in {' and '.join(found.loads_in)}."))
-    tell_coverage(found.tensors, emit)
+    tell_coverage(found.tensors, emit, "not zero, at most" if found.zeros_before else "not zero")

@@ -235,9 +235,7 @@ class Recipe(_Strict):
     def sha256(self) -> str:
         """A hash of what is done, whatever its spelling; a key that a new version adds changes none by its default."""
         said = self.model_dump(mode="json", exclude={"description", "steps"}, exclude_defaults=True)
-        said["steps"] = [
-            {"step": step.step} | step.model_dump(mode="json", exclude_defaults=True) for step in self.steps
-        ]
+        said["steps"] = [{"step": step.step} | _beyond_defaults(step) for step in self.steps]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def portable(self, model: str) -> "Recipe":
@@ -245,6 +243,26 @@ class Recipe(_Strict):
         text = self.calibrate.text
         name = Path(text).name if text is not None and Path(text).exists() else text
         return self.model_copy(update={"model": model, "calibrate": self.calibrate.model_copy(update={"text": name})})
+
+
+def usual_scope(method: str, module: str) -> Scope:
+    """Where scores compete unless a step says otherwise."""
+    # the rows of a head are words, and none of them may go for another
+    return "row" if module == "lm_head" and method == "wanda" else "tensor"
+
+
+def _beyond_defaults(step: Step) -> dict[str, Any]:
+    """What a step says that is not usual, be it written out or left out."""
+    said = step.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(step, Cut):
+        return said | {"method": step.criterion}
+    scope = said.pop("scope", None)
+    if isinstance(scope, dict):
+        scope = {module: each for module, each in scope.items() if each != usual_scope(step.method, module)}
+    elif scope is not None:
+        named = {*step.include, *step.modules} - {*step.exclude} | {"in_proj"}
+        scope = None if all(usual_scope(step.method, module) == scope for module in named) else scope
+    return said | ({"scope": scope} if scope else {})
 
 
 class PruneOptions(TypedDict, total=False):

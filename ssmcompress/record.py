@@ -19,7 +19,7 @@ from ssmcompress.checkpoint.manifest import ShapeRecord, SizeRecord, SourceRecor
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import Checkpoint
 from ssmcompress.checkpoint.verify import Verification
-from ssmcompress.edits import Edit, Mask, kept_units
+from ssmcompress.edits import Edit, Mask, Replace, kept_units
 from ssmcompress.measure.glance import ON, Glance
 from ssmcompress.measure.perplexity import paired_difference
 from ssmcompress.prune.sizes import Weights, figures, weigh
@@ -69,7 +69,7 @@ def write(
     card.write(
         folder,
         title=f"{checkpoint.source.label}, pruned",
-        summary=_summary(edits, sizes),
+        summary=_summary(edits, checkpoint.stored, sizes),
         manifest=made,
         recipe=recipe.to_yaml(),
         measures=measures,
@@ -121,16 +121,26 @@ def _size(surgery: Surgery, weights: Weights) -> SizeRecord:
     return SizeRecord(**asdict(figures(surgery, weights)), axes=axes)
 
 
-def _summary(found: Sequence[Edit], sizes: ShapeRecord | None) -> str:
+def _summary(found: Sequence[Edit], before: Mapping[str, Tensor], sizes: ShapeRecord | None) -> str:
     changes = {} if sizes is None else sizes.changes()
-    told = ", ".join(f"{after} of {before} {axis}s" for axis, (before, after) in changes.items())
+    told = ", ".join(f"{after} of {there} {axis}s" for axis, (there, after) in changes.items())
     parts = [f"Units were removed by ssmcompress: {told} are left."] if told else []
-    masks = [edit for edit in found if isinstance(edit, Mask)]
-    if masks or not parts:
-        parts.append(_zeroed(masks))
+    if not parts or any(isinstance(edit, Mask) for edit in found):
+        parts.append(_zeroed(found, before))
     return " ".join(parts)
 
 
-def _zeroed(masks: Sequence[Mask]) -> str:
-    kept = sum(int(mask.keep.sum()) for mask in masks) / max(1, sum(mask.keep.numel() for mask in masks))
-    return f"{1 - kept:.1%} of the entries of {len(masks)} weight tensors were set to zero by ssmcompress."
+def _zeroed(found: Sequence[Edit], before: Mapping[str, Tensor]) -> str:
+    """How much was set to zero, apart from what was zero before; new values may have filled some of that."""
+    masks = [edit for edit in found if isinstance(edit, Mask)]
+    filled = {edit.tensor: edit.values for edit in found if isinstance(edit, Replace)}
+    entries, new, total = 0, 0, 0
+    for mask in masks:
+        old = before[mask.tensor] != 0
+        left = mask.keep & (filled[mask.tensor] != 0 if mask.tensor in filled else old)
+        entries += left.numel()
+        new += int((old & ~left).sum())
+        total += left.numel() - int(left.sum())
+    size = max(1, entries)
+    told = f"{new / size:.1%} of the entries of {len(masks)} weight tensors were set to zero by ssmcompress"
+    return f"{told}." if new == total else f"{told}; with those that were zero before, {total / size:.1%} are."

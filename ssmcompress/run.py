@@ -34,6 +34,7 @@ from ssmcompress.plan import coverage, forecast, tell_coverage
 from ssmcompress.prune.apply import find_edits
 from ssmcompress.prune.cut import cut
 from ssmcompress.prune.sizes import weigh
+from ssmcompress.prune.targets import written_out
 from ssmcompress.recipe import Cut, PruneOptions, Recipe, pruning
 from ssmcompress.recipes import parse, read
 
@@ -106,7 +107,7 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
     arch, stored = headers(source)
     forecast(arch, recipe.steps, weigh(stored))
     origin = manifest.describe(source)
-    told, key = recipe.portable(source.label), _key(recipe, origin, measure)
+    told, key = written_out(arch, recipe.portable(source.label)), _key(recipe, origin, measure)
     with output(out, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
         journal = Journal(folder, EVENTS)
         with journal.kept(), JsonLines(folder / EVENTS) as lines:
@@ -241,6 +242,8 @@ def _edit(
 ) -> tuple[list[Edit], Checkpoint]:
     """The edits of all steps, in terms of the source, and what they make of it: the model at hand is used up."""
     stored, ids = checkpoint.stored, None if windows is None else windows.ids.to(recipe.device)
+    if dropped := journal.calibrate("" if windows is None else windows.sha256):
+        tell(Note(f"The calibration tokens are not those of the earlier run: the layers it finished ({dropped}) go."))
     shapes = {name: stored.shape(name) for name in stored}
     found: list[Edit] = []
     edited = checkpoint

@@ -180,12 +180,12 @@ def carried(source: Source) -> tuple[TensorRecord, ...]:
     return ()
 
 
-def zeros(folder: Path) -> int | None:
-    """The zeros in all weights of a folder, where its manifest has counted them."""
+def zeros(folder: Path) -> dict[str, int] | None:
+    """The zeros in each weight of a folder, where its manifest has counted them."""
     with contextlib.suppress(InputError):
-        counts = [tensor.zeros for tensor in read(folder).tensors]
-        if counts and None not in counts:
-            return sum(count for count in counts if count)
+        counts = {tensor.name: tensor.zeros for tensor in read(folder).tensors}
+        if counts and None not in counts.values():
+            return {name: count for name, count in counts.items() if count}
     return None
 
 

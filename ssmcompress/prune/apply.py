@@ -75,7 +75,7 @@ class _Pruner:
         self.found: list[Edit] = []
 
     def block(self, layer: int, block: nn.Module, statistics: Mapping[str, Moment]) -> float | None:
-        """Prunes the targets of one block; returns the share of their entries that stays, None without targets."""
+        """Prunes the targets of one block; returns the share of their entries that is not zero, None without any."""
         weights = {module: block.get_parameter(f"mixer.{module}.weight").data for module in self.inner}
         made = self.finished.get(layer)
         if made is None:
@@ -86,8 +86,8 @@ class _Pruner:
         else:
             apply(made, {self.arch.weight(layer, module): weight for module, weight in weights.items()})
         self.found += made
-        masks = [edit.keep for edit in made if isinstance(edit, Mask)]
-        return sum(int(keep.sum()) for keep in masks) / sum(keep.numel() for keep in masks) if masks else None
+        size = sum(weight.numel() for weight in weights.values())
+        return sum(int(weight.count_nonzero()) for weight in weights.values()) / size if weights else None
 
     def walked(self, layer: int, block: nn.Module, statistics: Mapping[str, Moment]) -> tuple[nn.Module, float | None]:
         """The block itself, pruned, and the share of its targets' entries that stays."""

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from ssmcompress.arch.base import Arch
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.prune.masks import parse_pattern
-from ssmcompress.recipe import Prune, Step
+from ssmcompress.recipe import Cut, Prune, Recipe, Step, usual_scope
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,27 @@ def formless(steps: Sequence[Step]) -> frozenset[str]:
     return frozenset({"conv1d"} if methods == {"sparsegpt"} else ())
 
 
+def written_out(arch: Arch, recipe: Recipe) -> Recipe:
+    """The same recipe, by hash too, with the method of every axis, and the scope every module has where scores compete.
+
+    The modules are those of the source: no step that removes units changes what modules there are.
+    """
+    return recipe.model_copy(update={"steps": tuple(_written_out(arch, step) for step in recipe.steps)})
+
+
+def _written_out(arch: Arch, step: Step) -> Step:
+    if isinstance(step, Cut):
+        return step.model_copy(update={"method": step.criterion})
+    if step.pattern or step.method == "sparsegpt" or isinstance(step.scope, str):
+        return step
+    scopes = {name: target.scope for name, target in targets(arch, step).items()} | (step.scope or {})
+    plain = step.scope is None and set(scopes.values()) == {"tensor"}
+    return step.model_copy(update={"scope": "tensor" if plain else scopes})
+
+
 def _target(step: Prune, module: str) -> Target:
     asked = step.scope.get(module) if isinstance(step.scope, dict) else step.scope
-    # the rows of a head are words, and none of them may go for another
-    usual = "row" if module == "lm_head" and step.method == "wanda" else "tensor"
     # a convolution row has K = 4 weights, and a share of so few is coarse
-    scope = "tensor" if module == "conv1d" else asked or usual
+    scope = "tensor" if module == "conv1d" else asked or usual_scope(step.method, module)
     pattern = parse_pattern(step.pattern) if step.pattern else None
     return Target(step.modules.get(module, step.sparsity or 0.0), pattern, scope)

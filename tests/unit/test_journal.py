@@ -28,8 +28,19 @@ def test_a_step_is_a_mapping_of_its_own(tmp_path):
 def test_half_a_layer_is_none(tmp_path):
     journal = Journal(tmp_path, "events.jsonl")
     journal.step(0)[0] = [mask()]
-    (journal.folder / "step-0-layer-0001.part").write_bytes(b"half")
+    (journal.folder / "none-step-0-layer-0001.part").write_bytes(b"half")
     assert list(journal.step(0)) == [0]
+
+
+def test_layers_found_with_other_calibration_tokens_are_dropped(tmp_path):
+    journal = Journal(tmp_path, "events.jsonl")
+    assert journal.calibrate("a" * 64) == 0
+    journal.step(0)[0] = journal.step(1)[2] = [mask()]
+    again = Journal(tmp_path, "events.jsonl")
+    assert again.calibrate("a" * 64) == 0
+    assert (list(again.step(0)), list(again.step(1))) == ([0], [2])
+    assert again.calibrate("b" * 64) == 2
+    assert (list(again.step(0)), list(again.step(1)), list(again.folder.iterdir())) == ([], [], [])
 
 
 def test_a_whole_run_leaves_nothing_of_it(tmp_path):

@@ -155,6 +155,25 @@ def test_a_run_goes_on_where_it_was_stopped(folder, text, tmp_path, monkeypatch)
         assert not out.with_name(f"{method}.partial").exists()
 
 
+def test_a_run_does_not_go_on_with_another_text_of_the_same_name(folder, text, tmp_path):
+    options = {"calib": text, "windows": 4, "length": 16, "no_eval": True}
+
+    def stop(event):
+        if isinstance(event, LayerDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ssmcompress.prune(str(folder), out=tmp_path / "out", emit=stop, **options)
+    Path(text).write_text(" ".join(f"w{i * i % 7}" for i in range(900)))
+    events = []
+    ssmcompress.prune(str(folder), out=tmp_path / "out", emit=events.append, **options)
+    told = [event.text for event in events if isinstance(event, Note)]
+    assert any("not those of the earlier run: the layers it finished (1)" in each for each in told)
+    assert not any("Going on" in each for each in told)
+    ssmcompress.prune(str(folder), out=tmp_path / "fresh", **options)
+    assert manifest.hashes(tmp_path / "out") == manifest.hashes(tmp_path / "fresh")
+
+
 def test_a_run_of_another_recipe_starts_over(folder, text, tmp_path):
     def stop(event):
         if isinstance(event, LayerDone):
@@ -180,6 +199,51 @@ def test_a_pruned_model_pruned_again_tells_all_its_zeros_and_its_history(folder,
     assert rows["out_proj.weight"].nonzero == pytest.approx(0.5)
     assert ssmcompress.plan(str(tmp_path / "b")).zeros_before == sum(tensor.zeros for tensor in second.tensors)
     assert first.earlier == ()
+
+
+def test_zeros_that_were_there_are_not_claimed(folder, text, tmp_path):
+    options = {"calib": text, "windows": 4, "length": 16, "no_eval": True, "include": "in_proj"}
+    ssmcompress.prune(str(folder), out=tmp_path / "a", sparsity=0.5, **options)
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "50.0% of the entries of 2 weight tensors were set to zero by ssmcompress.\n" in card
+    steps = ({"sparsity": 0.75}, {"sparsity": 0.25}, {"method": "sparsegpt", "pattern": "3:4"})
+    for step in steps:
+        events = []
+        ssmcompress.prune(
+            str(tmp_path / "a"), out=tmp_path / "b", overwrite=True, emit=events.append, **options, **step
+        )
+        old, new = (
+            torch.cat([Shards(tmp_path / at)[f"backbone.layers.{i}.mixer.in_proj.weight"] for i in (0, 1)]) == 0
+            for at in "ab"
+        )
+        told = f"{float((new & ~old).double().mean()):.1%} of the entries of 2 weight tensors were set to zero"
+        total = f"with those that were zero before, {float(new.double().mean()):.1%} are.\n"
+        card = (tmp_path / "b" / "README.md").read_text()
+        assert f"{told} by ssmcompress; {total}" in card
+        layers = [event.kept for event in events if isinstance(event, LayerDone)]
+        assert layers == pytest.approx([float((~half).double().mean()) for half in new.chunk(2)])
+        ssmcompress.apply(tmp_path / "b" / "edits.safetensors", str(tmp_path / "a"), out=tmp_path / "c", overwrite=True)
+        assert (tmp_path / "c" / "README.md").read_text() == card
+
+
+def test_a_plan_for_a_pruned_model_counts_the_zeros_it_has(folder, text, tmp_path):
+    options = {"calib": text, "windows": 4, "length": 16, "no_eval": True}
+    ssmcompress.prune(str(folder), out=tmp_path / "a", sparsity=0.6, include="in_proj", **options)
+    counted = sum(tensor.zeros for tensor in manifest.read(tmp_path / "a").tensors)
+    for step in ({"sparsity": 0.3}, {"sparsity": 0.3, "include": "out_proj"}, {"method": "sparsegpt", "sparsity": 0.3}):
+        events = []
+        told = ssmcompress.plan(str(tmp_path / "a"), emit=events.append, **step)
+        ssmcompress.prune(str(tmp_path / "a"), out=tmp_path / "b", overwrite=True, **options, **step)
+        made = {tensor.name: tensor for tensor in manifest.read(tmp_path / "b").tensors}
+        assert all(each.zeros <= made[each.name].zeros for each in told.tensors)
+        assert told.zeros == sum(each.zeros for each in told.tensors) <= sum(each.zeros for each in made.values())
+        assert (told.zeros > counted) == ("method" not in step)
+        tables = {event.title: event for event in events if isinstance(event, Table)}
+        rows = {row[0]: row for row in tables["plan"].rows}
+        assert rows["of them zero"][1:] == (f"{counted:,}", f"at least {told.zeros:,}")
+        share = {row[0]: row[-1] for row in tables["coverage"].rows}["mixer.in_proj.weight"]
+        assert tables["coverage"].columns[-1] == "not zero, at most"
+        assert share == ("70.0%" if "method" in step else "40.0%")
 
 
 def test_new_values_go_only_to_the_weights_they_were_made_from(folder, text, tmp_path):
@@ -214,6 +278,19 @@ def test_apply_keeps_recipe_and_calibration_of_the_run(folder, text, tmp_path):
     assert second.tensors == first.tensors
     said = [(tmp_path / name / "recipe.yaml").read_bytes() for name in ("first", "second")]
     assert said[0] == said[1] and parse(said[0].decode()).model == folder.name
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_the_recipe_of_an_output_says_every_default_and_gives_the_same_bytes(folder, text, tmp_path, method):
+    given = {"include": ["in_proj", "lm_head"], "windows": 4, "length": 16, "calib": text}
+    first = ssmcompress.prune(str(folder), out=tmp_path / "first", method=method, no_eval=True, **given).folder
+    told = parse((first / "recipe.yaml").read_text())
+    assert told.steps[0].scope == (None if method == "sparsegpt" else {"in_proj": "tensor", "lm_head": "row"})
+    assert told.sha256() == manifest.read(first).recipe_sha256
+    again = ["model=" + str(folder), "text=" + text]
+    ssmcompress.run(str(first / "recipe.yaml"), again, out=tmp_path / "again", no_eval=True)
+    ssmcompress.apply(first / "edits.safetensors", str(folder), out=tmp_path / "applied")
+    assert manifest.hashes(first) == manifest.hashes(tmp_path / "again") == manifest.hashes(tmp_path / "applied")
 
 
 def test_edits_that_do_not_fit_change_nothing(folder, text, tmp_path):

@@ -4,8 +4,9 @@ import pytest
 
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.errors import InputError, UnsupportedError
-from ssmcompress.prune.targets import Target, targets
-from ssmcompress.recipe import Prune
+from ssmcompress.prune.targets import Target, targets, written_out
+from ssmcompress.recipe import Prune, recipe
+from ssmcompress.recipes import parse
 from tests.unit.arch.models import CONFIGS
 
 MAMBA, MAMBA2 = arch_for(CONFIGS["mamba"]), arch_for(CONFIGS["mamba2"])
@@ -47,6 +48,47 @@ def test_scopes_by_method():
     assert targets(MAMBA, Prune(method="wanda", scope="tensor"))["in_proj"].scope == "tensor"
     # four taps of a channel are too few to rank among themselves
     assert targets(MAMBA, Prune(include=("conv1d",), scope="row"))["conv1d"].scope == "tensor"
+
+
+HEAD = {"include": ["in_proj", "lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("step", "scope"),
+    [
+        ({}, "tensor"),
+        ({"method": "magnitude"} | HEAD, "tensor"),
+        (HEAD, {"in_proj": "tensor", "lm_head": "row"}),
+        (HEAD | {"exclude": ["lm_head"]}, "tensor"),
+        ({"include": ["lm_head"]}, {"lm_head": "row"}),
+        ({"modules": {"lm_head": 0.2}, "include": ["lm_head"]}, {"lm_head": "row"}),
+        ({"scope": "row", "include": ["in_proj", "conv1d"]}, "row"),
+        ({"scope": "row", "exclude": ["in_proj"]}, "row"),
+        ({"scope": {"in_proj": "row"}, "include": ["in_proj", "out_proj"]}, {"in_proj": "row", "out_proj": "tensor"}),
+        ({"scope": {"conv1d": "row"}, "include": ["conv1d"]}, {"conv1d": "row"}),
+        ({"scope": "tensor"} | HEAD, "tensor"),
+        ({"pattern": "2:4"}, None),
+        ({"method": "sparsegpt"}, None),
+    ],
+)
+def test_the_usual_scope_is_written_out_and_changes_nothing(step, scope):
+    given = recipe(model="m", steps=[step])
+    told = written_out(MAMBA, given)
+    assert told.steps[0].scope == scope
+    assert told.sha256() == given.sha256() and parse(told.to_yaml()) == told == written_out(MAMBA, told)
+    assert targets(MAMBA, told.steps[0]) == targets(MAMBA, given.steps[0])
+
+
+def test_another_scope_is_another_recipe():
+    said = [
+        {},
+        {"scope": "row"},
+        {"scope": {"in_proj": "row"}},
+        HEAD,
+        HEAD | {"scope": "tensor"},
+        HEAD | {"scope": "row"},
+    ]
+    assert len({recipe(model="m", steps=[step]).sha256() for step in said}) == len(said)
 
 
 def test_patterns_are_numbers():
