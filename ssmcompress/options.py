@@ -72,6 +72,12 @@ Target = Annotated[
         rich_help_panel=WHAT,
     ),
 ]
+Correct = Annotated[
+    Literal["none", "rescale", "refit"],
+    typer.Option(
+        "--correct", help="Make up for what went: by out_proj, or by the norm heads share.", rich_help_panel=WHAT
+    ),
+]
 AnySize = Annotated[bool, typer.Option("--any-size", help="Allow sizes that kernels run slowly.", rich_help_panel=WHAT)]
 Sparsity = Annotated[
     float | None,
@@ -110,7 +116,6 @@ Overrides = Annotated[
 ]
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Number of token windows.", rich_help_panel=TEXT)]
 Length = Annotated[int, typer.Option("--length", min=1, help="Tokens a window.", rich_help_panel=TEXT)]
-
 
 PerplexityText = Annotated[
     str | None,
@@ -171,6 +176,7 @@ def _pruning_options(
     axis: Axis = None,
     keep: KeepUnits = None,
     target: Target = None,
+    correct: Correct = "none",
     any_size: AnySize = False,
     pattern: Pattern = None,
     scope: Scope = None,

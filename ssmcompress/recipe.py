@@ -111,12 +111,19 @@ class Prune(_Strict):
         """Whether the scores need calibration text."""
         return self.method != "magnitude"
 
+    @property
+    def new_values(self) -> bool:
+        """Whether weights that stay get new values."""
+        return self.method == "sparsegpt"
+
 
 class Cut(_Strict):
     """Removes units of an axis from every layer, or whole layers: those of which the method makes least.
 
     `keep` is the share that stays (up to 1) or their number (above 1); `target` a budget: params=75%, state=50% or
-    memory=500MB, of the whole model. `any_size` lets sizes pass that kernels run slowly or not at all.
+    memory=500MB, of the whole model. `correct` makes up for what went: refit solves each out_proj for the dense block's
+    output, rescale (heads and their channels) corrects the norm that they shared. `any_size` lets sizes pass that
+    kernels run slowly or not at all.
     """
 
     step: Literal["prune"] = "prune"
@@ -124,6 +131,7 @@ class Cut(_Strict):
     method: str | None = None
     keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     target: str | None = None
+    correct: Literal["none", "rescale", "refit"] = "none"
     any_size: bool = False
 
     @field_validator("target")
@@ -137,6 +145,10 @@ class Cut(_Strict):
     def _consistent(self) -> "Cut":
         if (self.keep is None) == (self.target is None):
             raise ValueError(f"an axis needs either keep or target, to say how many units of {self.axis} stay")
+        if self.correct == "rescale" and self.axis not in ("head", "head_channel"):
+            raise ValueError(f"rescale corrects the norm that heads share; the axis {self.axis} has none")
+        if self.correct == "refit" and self.axis == "layer":
+            raise ValueError("refit needs a block whose output projection stays; the axis layer leaves none")
         if self.method not in (None, *METHODS[self.axis]):
             near = get_close_matches(str(self.method), METHODS[self.axis], n=1)
             known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS[self.axis])}"
@@ -151,7 +163,12 @@ class Cut(_Strict):
     @property
     def calibrated(self) -> bool:
         """Whether the scores need calibration text."""
-        return self.criterion not in ("magnitude", "last", "random")
+        return self.new_values or self.criterion not in ("magnitude", "last", "random")
+
+    @property
+    def new_values(self) -> bool:
+        """Whether weights that stay get new values."""
+        return self.correct != "none"
 
 
 def budget(text: str) -> tuple[str, float, bool]:
@@ -278,6 +295,7 @@ class PruneOptions(TypedDict, total=False):
     axis: str | None
     keep: float | None
     target: str | None
+    correct: str
     any_size: bool
     calib: str | None
     calib_split: str | None
@@ -308,7 +326,7 @@ def pruning(model: str, options: PruneOptions) -> Recipe:
         if name in kind.model_fields:
             step[name] = value
         elif name in other.model_fields:
-            if value not in (None, (), [], {}, False):
+            if value not in (None, (), [], {}, False, "none"):
                 clash = "has no meaning with an axis" if kind is Cut else "needs an axis"
                 raise RecipeError(f"{name} {clash}.", hint="An axis takes keep or target; zeroing weights, sparsity.")
         elif name in CALIBRATION or name in Calibration.model_fields:

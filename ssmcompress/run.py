@@ -208,12 +208,12 @@ def _load(source: Source, recipe: Recipe, tell: Emit) -> Checkpoint:
     checkpoint = load(source, dtype=dtype, device=recipe.device, backend=recipe.backend)
     require_finite(checkpoint)
     stored = checkpoint.stored.dtype(EMBEDDING["hf"])
-    if any(step.method == "sparsegpt" for step in recipe.steps) and not _holds(checkpoint.model.dtype, stored):
+    if any(step.new_values for step in recipe.steps) and not _holds(checkpoint.model.dtype, stored):
         raise UnsupportedError(
-            f"SparseGPT computes new values: in {checkpoint.model.dtype} they are coarser than the stored {stored}.",
+            f"New values computed in {checkpoint.model.dtype} are coarser than the stored {stored}.",
             hint="Leave out --dtype."
             if recipe.dtype != "auto"
-            else "Prune with --method wanda, which sets no new values.",
+            else "Prune by wanda, or without a correction: neither sets new values.",
         )
     tell(
         Note("Kernels: " + ", ".join(f"{kernel} {name}" for kernel, name in record.backends(checkpoint).items()) + ".")
@@ -251,12 +251,12 @@ def _edit(
         surgery, layers = Surgery(checkpoint.arch, found), journal.step(i)
         if layers:
             tell(Note(f"Going on from an earlier run: {len(layers)} of {edited.arch.layers} layers are done."))
-        made: Sequence[Edit]
+        dtypes = {new: stored.dtype(old) for new, old in surgery.names(stored).items()}
         if isinstance(step, Cut):
-            made = cut(edited.model, edited.arch, step, weigh(stored).after(surgery), ids, recipe.seed, tell, layers)
-            edited = _smaller(edited, made)
+            left = weigh(stored).after(surgery)
+            made = cut(edited.model, edited.arch, step, left, ids, dtypes, recipe.seed, tell, layers)
+            edited = _edited(edited, made)
         else:
-            dtypes = {new: stored.dtype(old) for new, old in surgery.names(stored).items()}
             made = find_edits(edited.model, edited.arch, step, ids, dtypes, tell, layers)
         found = editing.compose(found, [surgery.lift(edit, shapes) for edit in made])
     return found, edited
@@ -264,12 +264,7 @@ def _edit(
 
 def _edited(checkpoint: Checkpoint, found: Sequence[Edit]) -> Checkpoint:
     """What edits make of a checkpoint in memory, which is used up."""
-    with torch.no_grad():
-        editing.apply(found, dict(checkpoint.model.named_parameters()))
-    return _smaller(checkpoint, found)
-
-
-def _smaller(checkpoint: Checkpoint, found: Sequence[Edit]) -> Checkpoint:
+    editing.apply(found, dict(checkpoint.model.named_parameters()))
     if not editing.kept_units(found):
         return checkpoint
     surgery = Surgery(checkpoint.arch, found)

@@ -1,7 +1,7 @@
 """A pruning step becomes edits: score each weight with what calibration saw, keep the best, go on to the next block."""
 
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -89,7 +89,9 @@ class _Pruner:
         size = sum(weight.numel() for weight in weights.values())
         return sum(int(weight.count_nonzero()) for weight in weights.values()) / size if weights else None
 
-    def walked(self, layer: int, block: nn.Module, statistics: Mapping[str, Moment]) -> tuple[nn.Module, float | None]:
+    def walked(
+        self, layer: int, block: nn.Module, statistics: Mapping[str, Moment], _hidden: Sequence[Tensor]
+    ) -> tuple[nn.Module, float | None]:
         """The block itself, pruned, and the share of its targets' entries that stays."""
         return block, self.block(layer, block, statistics)
 

@@ -28,7 +28,7 @@ def find_layers(
     seed: int = 0,
     emit: Emit = ignore,
     finished: MutableMapping[int, list[Edit]] | None = None,
-) -> list[Keep]:
+) -> list[Edit]:
     """The blocks that stay, `after` of them; windows [n, L] of token ids, which random does not need.
 
     What `finished` holds of a greedy search is not searched again.
