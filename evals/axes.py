@@ -1,9 +1,9 @@
 """What removing units costs the reference checkpoints: every axis, score and correction, at keep 0.75 and 0.5.
 
-python evals/axes.py --data DIR    kept in evals/results/axes-*.md (an hour and a half on one core; goes on where it was)
+python evals/axes.py --data DIR    kept in evals/results/axes-*.md (over an hour on two cores; goes on where it was)
 
-DIR holds gutenberg/, whose Jane Eyre was kept out of training and is no test text either: defaults are chosen on it, the
-figures to report are those of the shipped test pages.
+DIR holds gutenberg/, whose Jane Eyre was kept out of training and is no test text either: defaults are chosen on it;
+the figures to report are those of the shipped test pages.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from ssmcompress.arch.surgery import Surgery
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.card import MASKS
 from ssmcompress.checkpoint.card import coverage as coverage_rows
-from ssmcompress.checkpoint.manifest import TensorRecord
+from ssmcompress.checkpoint.manifest import SizeRecord, TensorRecord
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import headers, resolve
 from ssmcompress.edits import Edit, Mask
@@ -195,19 +195,28 @@ def tell_coverage(records: Sequence[TensorRecord], emit: Emit, share: str = "not
         emit(Note(MASKS))
 
 
+def tell_size(before: Figures | SizeRecord, after: Figures | SizeRecord, emit: Emit) -> None:
+    """How large the model was, and is."""
+    emit(Table("size", ("", "before", "after"), size_rows(before, after)))
+
+
+def size_rows(before: Figures | SizeRecord, after: Figures | SizeRecord) -> tuple[tuple[str, str, str], ...]:
+    """Parameters and bytes, with the share that is left where it is not all."""
+    names = {"params": "parameters", "weight_bytes": "weight bytes", "state_bytes": "state bytes a sequence"}
+    rows = []
+    for key, name in names.items():
+        old, new = getattr(before, key), getattr(after, key)
+        rows.append((name, f"{old:,}", f"{new:,}" + (f" ({new / old:.1%})" if new != old else "")))
+    return tuple(rows)
+
+
 def _tell(found: Plan, emit: Emit) -> None:
     for change in found.sizes:
         emit(Note(change.note or f"{change.after} of {change.before} {change.axis}s stay."))
-    rows = (
-        ("parameters", f"{found.before.params:,}", f"{found.after.params:,}"),
-        (
-            "of them zero",
-            "not counted" if found.zeros_before is None else f"{found.zeros_before:,}",
-            f"at least {found.zeros:,}" if found.zeros_before else f"{found.zeros:,}",
-        ),
-        ("weight bytes", f"{found.before.weight_bytes:,}", f"{found.after.weight_bytes:,}"),
-        ("state bytes a sequence", f"{found.before.state_bytes:,}", f"{found.after.state_bytes:,}"),
-    )
+    params, *others = size_rows(found.before, found.after)
+    before = "not counted" if found.zeros_before is None else f"{found.zeros_before:,}"
+    after = f"at least {found.zeros:,}" if found.zeros_before else f"{found.zeros:,}"
+    rows = (params, ("of them zero", before, after), *others)
     emit(Table("plan", ("", "before", "after"), rows))
     emit(Note(f"The output loads in {' and '.join(found.loads_in)}."))
     tell_coverage(found.tensors, emit, "not zero, at most" if found.zeros_before else "not zero")

@@ -30,7 +30,7 @@ from ssmcompress.events import Emit, Finished, JsonLines, Note, fan, ignore
 from ssmcompress.journal import Journal
 from ssmcompress.measure import exercises
 from ssmcompress.measure.glance import Glance, glance, tell_change
-from ssmcompress.plan import coverage, forecast, tell_coverage
+from ssmcompress.plan import coverage, forecast, tell_coverage, tell_size
 from ssmcompress.prune.apply import find_edits
 from ssmcompress.prune.cut import cut
 from ssmcompress.prune.sizes import weigh
@@ -123,6 +123,8 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
             if before is not None and after is not None:
                 tell_change(before, after, tell)
             tensors = coverage(checkpoint.arch, checkpoint.stored, found, recipe.steps, zeros)
+            if (sizes := record.shape(checkpoint.arch, checkpoint.stored, found)) is not None:
+                tell_size(sizes.before, sizes.after, tell)
             tell_coverage(tensors, tell)
         made: dict[str, Any] = {"calibration": calibration, "verification": verification}
         made |= {"source": origin, "edits": found, "tensors": tensors}
