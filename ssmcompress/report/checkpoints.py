@@ -49,7 +49,7 @@ class Look(_Lenient):
     """What a run measured of a model itself: likelihood of the first tokens of each page, and probes of memory."""
 
     bits_per_byte: float
-    bits_per_byte_interval: tuple[float, float]
+    bits_per_byte_interval: tuple[float, float] | None
     perplexity: float
     length: int
     documents: tuple[DocumentScore, ...]
