@@ -15,7 +15,7 @@ import torch
 from ssmcompress.arch.base import mixers
 from ssmcompress.checkpoint.manifest import describe, versions
 from ssmcompress.checkpoint.output import output
-from ssmcompress.checkpoint.source import Checkpoint, load, resolve
+from ssmcompress.checkpoint.source import Checkpoint, load, require_embedded, resolve
 from ssmcompress.errors import BackendError, InputError
 from ssmcompress.evaluate import speed as timing
 from ssmcompress.evaluate import suites
@@ -236,12 +236,13 @@ def require_seed(seed: int) -> None:
 
 
 def required_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; InputError where it has none."""
+    """The checkpoint's tokenizer; InputError where it has none, or one of another model."""
     if checkpoint.tokenizer is None:
         raise InputError(
             f"{checkpoint.source.name} has no tokenizer, so no text can be read to it.",
             hint="Put its tokenizer.json and tokenizer_config.json into the folder.",
         )
+    require_embedded(checkpoint)
     return checkpoint.tokenizer
 
 

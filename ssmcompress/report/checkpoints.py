@@ -17,6 +17,7 @@ from ssmcompress.evaluate import results, speed
 from ssmcompress.evaluate.results import Results, Summary
 from ssmcompress.evaluate.speed import Speed
 from ssmcompress.measure.perplexity import DocumentScore
+from ssmcompress.paths import expanded
 from ssmcompress.recipe import Recipe
 from ssmcompress.recipes import parse
 
@@ -157,7 +158,7 @@ def read(folders: Sequence[str | Path]) -> list[Checkpoint]:
 
 
 def _sort(folder: Path, models: dict[Path, Made], evaluations: dict[Path, Evaluation]) -> None:
-    place = folder.expanduser().resolve()
+    place = expanded(folder).resolve()
     if (place / manifest.NAME).exists():
         models[place] = _made(place)
         inner = place / manifest.EVALUATION
