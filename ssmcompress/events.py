@@ -18,7 +18,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 PLAIN_WIDTH = 100  # columns of text where nothing tells how wide the page is
-NUMBER = re.compile(r"[-+±≤≥<>~]?\s?\d[\d.,e+-]*(\s?(%|×|x|s|ms|B|[kMGT]B?|[KMGT]iB|[\[(].*[\])]))*")
+NUMBER = re.compile(r"[-+±≤≥<>~]?\s?\d[\d.,e+-]*(\s?(%|×|x|s|ms|points|B|[kMGT]B?|[KMGT]iB|[\[(].*[\])]))*")
 BLANK = frozenset({"", "-", "–", "—"})
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from ssmcompress.errors import InputError, RecipeError, ResourceError
 from ssmcompress.events import Emit, Finished, Output, Table, ignore
+from ssmcompress.paths import expanded
 from ssmcompress.recipe import SECTIONS, Cut, Recipe, place, sentence, step_kind
 
 
@@ -41,7 +42,7 @@ def cat(name: str, *, emit: Emit = ignore) -> str:
 def cp(name: str, to: str | Path, *, emit: Emit = ignore) -> Path:
     """Copies a recipe, to be changed; InputError where the file exists already."""
     text = _text(_find(name))
-    target = Path(to).expanduser()
+    target = expanded(to)
     if target.is_dir():
         target = target / f"{Path(name).name.removesuffix('.yaml')}.yaml"
     try:
@@ -85,7 +86,7 @@ def parse(text: str, name: str = "the recipe", overrides: Sequence[str] = ()) ->
 
 
 def _find(name: str) -> Path:
-    path = shipped().get(name, Path(name).expanduser())
+    path = shipped().get(name, expanded(name))
     if path.is_file():
         return path
     near = get_close_matches(name, shipped(), n=1)

@@ -21,7 +21,7 @@ from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.output import output, write
 from ssmcompress.checkpoint.shards import Shards
-from ssmcompress.checkpoint.source import Checkpoint, Source, headers, load, resolve
+from ssmcompress.checkpoint.source import Checkpoint, Source, headers, load, require_embedded, resolve
 from ssmcompress.checkpoint.verify import Verification, require_finite, verify
 from ssmcompress.edits import Edit, Replace
 from ssmcompress.errors import InputError, UnsupportedError
@@ -30,6 +30,7 @@ from ssmcompress.events import Emit, Finished, JsonLines, Note, fan, ignore
 from ssmcompress.journal import Journal
 from ssmcompress.measure import exercises
 from ssmcompress.measure.glance import Glance, glance, tell_change
+from ssmcompress.paths import expanded
 from ssmcompress.plan import coverage, forecast, tell_coverage, tell_size
 from ssmcompress.prune.apply import find_edits
 from ssmcompress.prune.cut import cut
@@ -91,7 +92,7 @@ def run(
         recipe = read(recipe, overrides)
     if recipe.eval is None or no_eval:
         return _compress(recipe, out, overwrite=overwrite, measure=not no_eval, emit=emit)
-    folder = Path(out).expanduser()
+    folder = expanded(out)
     if not overwrite and left_to_assess(recipe, folder):
         emit(Note(f"{out} is there already: only what is left of its evaluation is done."))
         result = Result(folder, editing.load(folder / EDITS).items, None, None)
@@ -236,6 +237,7 @@ def _look(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> Glance | None:
     if checkpoint.tokenizer is None:
         tell(Note("Without a tokenizer nothing is measured.", "warning"))
         return None
+    require_embedded(checkpoint)
     return glance(checkpoint.model, checkpoint.tokenizer, recipe.seed, tell)
 
 
@@ -284,6 +286,7 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> data.Win
             f"{checkpoint.source.name} has no tokenizer, so there is no calibration.",
             hint="Put its tokenizer files into the folder, or use --method magnitude.",
         )
+    require_embedded(checkpoint)
     share = MIX_SHARE if wanted.mix else 0.0
     count = int(share * wanted.windows * wanted.length / EXERCISE_TOKENS) + 1
     extra = exercises.exercise_documents(tokenizer, count, seed) if share else ()

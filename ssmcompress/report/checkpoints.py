@@ -17,6 +17,7 @@ from ssmcompress.evaluate import results, speed
 from ssmcompress.evaluate.results import Results, Summary
 from ssmcompress.evaluate.speed import Speed
 from ssmcompress.measure.perplexity import DocumentScore
+from ssmcompress.paths import expanded
 from ssmcompress.recipe import Recipe
 from ssmcompress.recipes import parse
 
@@ -49,7 +50,7 @@ class Look(_Lenient):
     """What a run measured of a model itself: likelihood of the first tokens of each page, and probes of memory."""
 
     bits_per_byte: float
-    bits_per_byte_interval: tuple[float, float]
+    bits_per_byte_interval: tuple[float, float] | None
     perplexity: float
     length: int
     documents: tuple[DocumentScore, ...]
@@ -157,7 +158,7 @@ def read(folders: Sequence[str | Path]) -> list[Checkpoint]:
 
 
 def _sort(folder: Path, models: dict[Path, Made], evaluations: dict[Path, Evaluation]) -> None:
-    place = folder.expanduser().resolve()
+    place = expanded(folder).resolve()
     if (place / manifest.NAME).exists():
         models[place] = _made(place)
         inner = place / manifest.EVALUATION
