@@ -66,6 +66,14 @@ class Prune(_Strict):
     def _several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > 60:  # YAML 1.1 counts minutes and seconds
+            n, m = divmod(value, 60)
+            raise ValueError(f'must be in quotes: pattern: "{n}:{m}", for YAML reads {n}:{m} as a number')
+        return value
+
     @field_validator("pattern")
     @classmethod
     def _pattern(cls, value: str | None) -> str | None:

@@ -73,8 +73,11 @@ def parse(text: str, name: str = "the recipe", overrides: Sequence[str] = ()) ->
         raise RecipeError(f"{name} is not YAML: {error}.") from None
     if not isinstance(fields, dict) or not isinstance(tree, yaml.MappingNode):
         raise RecipeError(f"{name} is not a mapping.", hint="It starts with `model:` and `steps:`.")
-    for assignment in overrides:
-        _override(fields, assignment)
+    changed = [_override(fields, assignment) for assignment in overrides]
+    for place, key, value in changed:
+        for rival in _rivals(key, value):
+            if isinstance(place, dict) and not any(each is place and rival == other for each, other, _ in changed):
+                place.pop(rival, None)
     try:
         made = Recipe.model_validate(fields)
     except ValidationError as error:
@@ -103,7 +106,17 @@ def _text(path: Path) -> str:
         raise ResourceError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _override(fields: dict[str, Any], assignment: str) -> None:
+def _rivals(key: str, value: Any) -> tuple[str, ...]:
+    """What a recipe says of a step that has no meaning once this is said of it."""
+    if value is None:
+        return ()
+    if (key, value) == ("method", "sparsegpt"):
+        return ("scope",)
+    return {"pattern": ("sparsity", "scope"), "sparsity": ("pattern",)}.get(key, ())
+
+
+def _override(fields: dict[str, Any], assignment: str) -> tuple[Any, str, Any]:
+    """Changes the fields; returns the place, its key and the new value."""
     key, equals, value = assignment.partition("=")
     if not equals:
         raise RecipeError(f"{assignment!r} is not key=value.", hint="For example: sparsity=0.6")
@@ -114,13 +127,17 @@ def _override(fields: dict[str, Any], assignment: str) -> None:
             if isinstance(place, dict) and place.get(part) is None:
                 place[part] = {}
             place = place[int(part) if isinstance(place, list) else part]
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+        found = yaml.safe_load(value)
+        if isinstance(found, int) and ":" in value:  # 2:4, which YAML 1.1 reads as two minutes and four seconds
+            found = value
+        place[int(last) if isinstance(place, list) else last] = found
     except (KeyError, IndexError, ValueError, TypeError):
         raise RecipeError(
             f"The recipe has no place {key!r}.", hint="Steps are counted from 0: steps.0.sparsity"
         ) from None
     except yaml.YAMLError:
         raise RecipeError(f"The value of {assignment!r} is not YAML.") from None
+    return place, last, found
 
 
 def _path(fields: Mapping[str, Any], key: str) -> list[str]:
