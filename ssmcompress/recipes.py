@@ -1,5 +1,6 @@
 """Recipe files: those that are shipped, a user's own, overrides, and mistakes told with their lines."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -51,7 +52,10 @@ def cp(name: str, to: str | Path, *, emit: Emit = ignore) -> Path:
     except FileExistsError:
         raise InputError(f"{target} exists already.", hint="Choose another name.") from None
     except OSError as error:
-        raise ResourceError(f"{target} cannot be written: {error.strerror}.", hint="Is the folder there?") from error
+        with contextlib.suppress(OSError):
+            target.unlink()
+        hint = "Is there room and permission?" if target.parent.is_dir() else "Is the folder there?"
+        raise ResourceError(f"{target} cannot be written: {error.strerror}.", hint=hint) from error
     emit(Finished(str(target)))
     return target
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from ssmcompress.errors import RecipeError
+from ssmcompress.errors import RecipeError, ResourceError
 from ssmcompress.recipe import recipe
-from ssmcompress.recipes import parse, read, shipped
+from ssmcompress.recipes import cp, parse, read, shipped
 
 TEXT = """\
 model: ref:mamba
@@ -141,6 +141,15 @@ def test_a_recipe_that_is_not_there(tmp_path):
     (tmp_path / "bad.yaml").write_bytes(b"model: \xff")
     with pytest.raises(RecipeError, match="UTF-8"):
         read(str(tmp_path / "bad.yaml"))
+
+
+def test_a_copy_that_does_not_fit_leaves_nothing(tmp_path, full_disk):
+    with full_disk(10), pytest.raises(ResourceError, match="cannot be written") as error:
+        cp("prune/wanda-50", tmp_path / "mine.yaml")
+    assert "room" in error.value.hint and not list(tmp_path.iterdir())
+    with pytest.raises(ResourceError) as error:
+        cp("prune/wanda-50", tmp_path / "nowhere" / "mine.yaml")
+    assert "folder" in error.value.hint
 
 
 @pytest.mark.parametrize("name", shipped())
