@@ -86,6 +86,14 @@ class Prune(_Strict):
     def _several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > 60:  # YAML 1.1 counts minutes and seconds
+            n, m = divmod(value, 60)
+            raise ValueError(f'must be in quotes: pattern: "{n}:{m}", for YAML reads {n}:{m} as a number')
+        return value
+
     @field_validator("pattern")
     @classmethod
     def _pattern(cls, value: str | None) -> str | None:
@@ -353,7 +361,7 @@ SECTIONS: dict[str, type[_Strict]] = {
 }
 
 
-def place(loc: Sequence[int | str]) -> tuple[int | str, ...]:
+def where_in(loc: Sequence[int | str]) -> tuple[int | str, ...]:
     """Where a mistake is, without the name of the kind of step that pydantic puts behind its number."""
     return (*loc[:2], *loc[3:]) if loc[:1] == ("steps",) and len(loc) > 2 else tuple(loc)
 
@@ -366,7 +374,7 @@ def step_kind(step: Any) -> type[Prune] | type[Cut]:
 def sentence(item: Any) -> str:
     """One of pydantic's errors in a sentence: where, what is wrong, what was found."""
     kind = Cut if item["loc"][2:3] == ("cut",) else Prune
-    loc = [str(part) for part in place(item["loc"])]
+    loc = [str(part) for part in where_in(item["loc"])]
     where = ".".join(loc) or "the recipe"
     if item["type"] == "missing":
         return f"{where}: is missing"

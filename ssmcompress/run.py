@@ -20,7 +20,7 @@ from ssmcompress.calib import data
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.output import output, write
-from ssmcompress.checkpoint.shards import Shards
+from ssmcompress.checkpoint.shards import Shards, require_space
 from ssmcompress.checkpoint.source import Checkpoint, Source, headers, load, require_embedded, resolve
 from ssmcompress.checkpoint.verify import Verification, require_finite, verify
 from ssmcompress.edits import Edit, Replace
@@ -110,6 +110,7 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
     origin = manifest.describe(source)
     told, key = written_out(arch, recipe.portable(source.label)), _key(recipe, origin, measure)
     with output(out, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
+        require_space(folder, sum(tensor.nbytes for tensor in Shards(source.folder).meta().values()))
         journal = Journal(folder, EVENTS)
         with journal.kept(), JsonLines(folder / EVENTS) as lines:
             tell = fan(emit, lines)

@@ -167,7 +167,8 @@ def _lacking(final: Path) -> Iterator[None]:
         if error.errno not in LACKING:
             raise
         raise ResourceError(
-            f"Cannot write {error.filename or final}: {LACKING[error.errno]}.",
+            # of a copy the second name is the one that is written
+            f"Cannot write {error.filename2 or error.filename or final}: {LACKING[error.errno]}.",
             hint="Make room, or choose another folder with --out.",
         ) from error
 
