@@ -59,14 +59,15 @@ def main() -> None:
 
 
 def cases(model: str) -> Iterator[Cut]:
-    """Every score of every axis, with and without a refit; the rescaled norm for the two activation scores."""
+    """Every score of every axis; at half of the units refitted too, and with the norm that heads share rescaled."""
     for axis in MODELS[model]:
         for keep in (0.75, 0.5):
             for method in METHODS[axis]:
-                corrections = ["none"] if axis == "layer" else ["none", "refit"]
-                corrections += (
-                    ["rescale"] if axis in ("head", "head_channel") and method in ("minitron", "flap") else []
-                )
+                corrections = ["none"]
+                if keep == 0.5 and axis not in ("layer", "dt_rank"):
+                    corrections += ["refit"]
+                if keep == 0.5 and axis in ("head", "head_channel") and method in ("minitron", "flap"):
+                    corrections += ["rescale"]
                 for correct in corrections:
                     yield Cut.model_validate(
                         {"axis": axis, "keep": keep, "method": method, "correct": correct, "any_size": True}

@@ -228,10 +228,9 @@ def _with_sources(known: dict[frozenset[str], Checkpoint]) -> list[Checkpoint]:
         if each.made:
             origin = each.made.manifest.source
             weights = frozenset(origin.sha256.values())
-            # masks change neither the number of parameters nor their bytes
-            size = None if each.made.manifest.verb == "convert" else each.weight_bytes
+            params, size = _size_before(each, each.made)
             dense = not each.made.manifest.earlier
-            unseen = Checkpoint(origin.name, weights, params=each.params, weight_bytes=size, dense=dense)
+            unseen = Checkpoint(origin.name, weights, params=params, weight_bytes=size, dense=dense)
             before = known.get(weights, unseen)
             looks = (each.made.looks.before,) if each.made.looks and not before.made else ()
             known[weights] = replace(before, looks=_distinct((*before.looks, *looks)))
@@ -248,6 +247,13 @@ def _with_sources(known: dict[frozenset[str], Checkpoint]) -> list[Checkpoint]:
     for root in roots:
         add(root, None)
     return ordered
+
+
+def _size_before(each: Checkpoint, made: Made) -> tuple[int | None, int | None]:
+    """Parameters and bytes of what one was made from: its own where only masks were set, which change neither."""
+    if (shape := made.manifest.shape) is not None:
+        return shape.before.params, shape.before.weight_bytes
+    return each.params, None if made.manifest.verb == "convert" else each.weight_bytes
 
 
 def _origin(each: Checkpoint, known: Mapping[frozenset[str], Checkpoint]) -> Checkpoint | None:
