@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Unpack
 
 import torch
@@ -13,9 +14,9 @@ from ssmcompress.checkpoint.card import MASKS
 from ssmcompress.checkpoint.card import coverage as coverage_rows
 from ssmcompress.checkpoint.manifest import TensorRecord
 from ssmcompress.checkpoint.shards import Shards
-from ssmcompress.checkpoint.source import resolve
+from ssmcompress.checkpoint.source import Source, resolve
 from ssmcompress.edits import Edit, Mask
-from ssmcompress.errors import RecipeError
+from ssmcompress.errors import InputError, RecipeError, ResourceError
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
 from ssmcompress.prune.targets import Target, formless, targets
@@ -44,7 +45,7 @@ def plan(
     It refuses what they would refuse, and reads no weight. Where steps meet in one tensor the smallest share is told.
     """
     recipe = _recipe(model, overrides, options)
-    source = resolve(recipe.model)
+    source = _resolve(recipe.model)
     arch, weights = arch_for(source.config()), Shards(source.folder)
     shapes = {name: weights.shape(name) for name in weights}
     expected: dict[str, float] = {}
@@ -82,6 +83,17 @@ def _recipe(model: str | Recipe, overrides: Sequence[str], options: PruneOptions
     if pruning(model, options) != pruning(model, {}):
         raise RecipeError("A recipe says by itself what is pruned.", hint="Change it by overrides: sparsity=0.6")
     return read(model, overrides)
+
+
+def _resolve(model: str) -> Source:
+    """The source of a model; where there is none, a recipe whose name is nearly the same may be meant."""
+    try:
+        return resolve(model)
+    except (InputError, ResourceError) as error:
+        near = get_close_matches(model, shipped(), n=1, cutoff=0.8)
+        if not near:
+            raise
+        raise type(error)(error.message, hint=f"Did you mean the recipe {near[0]!r}?") from error
 
 
 def names(arch: Arch, module: str) -> list[str]:
