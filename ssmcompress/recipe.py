@@ -6,7 +6,7 @@ Unknown keys are refused, and every mistake is told at once, with its line where
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -208,6 +208,7 @@ class PruneOptions(TypedDict, total=False):
 
 
 CALIBRATION = {"calib": "text", "calib_split": "split", "calib_column": "column", "calib_mix": "mix"}
+OPTIONS = {field: option for option, field in CALIBRATION.items()}
 
 
 def pruning(model: str, options: PruneOptions) -> Recipe:
@@ -226,15 +227,37 @@ def pruning(model: str, options: PruneOptions) -> Recipe:
             calibrate[CALIBRATION.get(name, name)] = value
         else:
             rest[name] = value
-    return recipe(model=model, calibrate=calibrate, steps=[step], **rest)
+    return _validated({"model": model, "calibrate": calibrate, "steps": [step]} | rest, _option)
 
 
 def recipe(**fields: Any) -> Recipe:
     """A recipe from plain values; RecipeError tells every mistake at once."""
+    return _validated(fields, _key)
+
+
+def _validated(fields: dict[str, Any], name: Callable[[Sequence[int | str]], str]) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        raise RecipeError("; ".join(sentence(item) for item in error.errors()) + ".") from None
+        raise RecipeError("; ".join(sentence(item, name(item["loc"])) for item in error.errors()) + ".") from None
+
+
+def _key(loc: Sequence[int | str]) -> str:
+    """What a recipe calls a place in it."""
+    return ".".join(map(str, loc)) or "the recipe"
+
+
+def _option(loc: Sequence[int | str]) -> str:
+    """What the command line calls a place in the recipe of one step; nothing where several options clash."""
+    section, *parts = map(str, loc)
+    if section == "calibrate":
+        parts = [OPTIONS.get(parts[0], parts[0])]
+    elif section == "steps":
+        parts = parts[1:]
+    else:
+        parts = [section]
+    plain = not parts or parts[0] in ("model", "modules")  # the latter is given in Python only
+    return ".".join(parts) if plain else "--" + parts[0].replace("_", "-")
 
 
 SECTIONS: dict[str, type[_Strict]] = {
@@ -246,17 +269,17 @@ SECTIONS: dict[str, type[_Strict]] = {
 }
 
 
-def sentence(item: Any) -> str:
-    """One of pydantic's errors in a sentence: where, what is wrong, what was found."""
+def sentence(item: Any, where: str | None = None) -> str:
+    """One of pydantic's errors in a sentence: where (its key, unless told), what is wrong, what was found."""
     loc = [str(part) for part in item["loc"]]
-    where = ".".join(loc) or "the recipe"
+    where = _key(loc) if where is None else where
     if item["type"] == "missing":
         return f"{where}: is missing"
     if item["type"] == "extra_forbidden":
         sections = [SECTIONS[part] for part in loc[:-1] if part in SECTIONS]
         near = get_close_matches(loc[-1], (sections or [Recipe])[-1].model_fields, n=1)
         return f"{where}: there is no such key" + (f", did you mean {near[0]!r}?" if near else "")
-    said = f"{where}: {item['msg'].removeprefix('Value error, ')}"
+    said = (f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ")
     if item["type"] == "literal_error":
         near = get_close_matches(str(item["input"]), re.findall(r"'([^']*)'", item["msg"]), n=1)
         return f"{said}, found {item['input']!r}" + (f", did you mean {near[0]!r}?" if near else "")
