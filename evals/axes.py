@@ -27,7 +27,7 @@ from ssmcompress.measure.glance import Glance, glance
 from ssmcompress.measure.perplexity import DocumentScore, Perplexity, paired_difference, perplexity
 from ssmcompress.prune.cut import cut
 from ssmcompress.prune.sizes import figures, weigh
-from ssmcompress.recipe import METHODS, Cut
+from ssmcompress.steps import METHODS, Cut
 
 HERE = Path(__file__).parent
 KEPT = HERE / "results"

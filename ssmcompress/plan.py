@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Unpack
 
 import torch
@@ -14,15 +15,16 @@ from ssmcompress.checkpoint.card import MASKS
 from ssmcompress.checkpoint.card import coverage as coverage_rows
 from ssmcompress.checkpoint.manifest import SizeRecord, TensorRecord
 from ssmcompress.checkpoint.shards import Shards
-from ssmcompress.checkpoint.source import headers, resolve
+from ssmcompress.checkpoint.source import Source, headers, resolve
 from ssmcompress.edits import Edit, Mask
-from ssmcompress.errors import RecipeError
+from ssmcompress.errors import InputError, RecipeError, ResourceError
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
 from ssmcompress.prune.sizes import Figures, Size, Weights, figures, first, size, weigh
 from ssmcompress.prune.targets import Target, formless, targets
-from ssmcompress.recipe import Cut, PruneOptions, Recipe, Step, pruning
+from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import read, shipped
+from ssmcompress.steps import Cut, Step
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def plan(
     It refuses what they would refuse, and reads no weight. Where steps meet in one tensor the smallest share is told.
     """
     recipe = _recipe(model, overrides, options)
-    source = resolve(recipe.model)
+    source = _resolve(recipe.model)
     arch, stored = headers(source)
     weights = weigh(stored)
     expected = forecast(arch, recipe.steps, weights)
@@ -122,6 +124,17 @@ def _recipe(model: str | Recipe, overrides: Sequence[str], options: PruneOptions
     if pruning(model, options) != pruning(model, {}):
         raise RecipeError("A recipe says by itself what is pruned.", hint="Change it by overrides: sparsity=0.6")
     return read(model, overrides)
+
+
+def _resolve(model: str) -> Source:
+    """The source of a model; where there is none, a recipe whose name is nearly the same may be meant."""
+    try:
+        return resolve(model)
+    except (InputError, ResourceError) as error:
+        near = get_close_matches(model, shipped(), n=1, cutoff=0.8)
+        if not near:
+            raise
+        raise type(error)(error.message, hint=f"Did you mean the recipe {near[0]!r}?") from error
 
 
 def names_of(arch: Arch, module: str) -> list[str]:

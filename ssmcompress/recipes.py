@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from ssmcompress.errors import InputError, RecipeError, ResourceError
 from ssmcompress.events import Emit, Finished, Output, Table, ignore
 from ssmcompress.paths import expanded
-from ssmcompress.recipe import SECTIONS, Cut, Recipe, sentence, step_kind, where_in
+from ssmcompress.recipe import SECTIONS, Recipe, sentence, where_in
+from ssmcompress.steps import Cut, step_kind
 
 
 def shipped() -> dict[str, Path]:

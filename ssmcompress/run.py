@@ -36,8 +36,9 @@ from ssmcompress.prune.apply import find_edits
 from ssmcompress.prune.cut import cut
 from ssmcompress.prune.sizes import weigh
 from ssmcompress.prune.targets import written_out
-from ssmcompress.recipe import Cut, PruneOptions, Recipe, pruning
+from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import parse, read
+from ssmcompress.steps import Cut
 
 EDITS, EVENTS = "edits.safetensors", "events.jsonl"
 EXERCISE_TOKENS = 30  # of the shorter ones on average
@@ -121,7 +122,7 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
             calibration = record.described(windows)
             editing.save(found, folder / EDITS, _said(told, checkpoint, found, calibration))
             zeros, verification = _write(checkpoint, edited, found, folder, recipe)
-            after = _look(_reload(folder, recipe), recipe, tell) if measure else None
+            after = _look(_reload(folder, recipe), recipe, tell) if before is not None else None
             if before is not None and after is not None:
                 tell_change(before, after, tell)
             tensors = coverage(checkpoint.arch, checkpoint.stored, found, recipe.steps, zeros)
@@ -235,11 +236,13 @@ def _reload(folder: Path, recipe: Recipe) -> Checkpoint:
 
 
 def _look(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> Glance | None:
-    if checkpoint.tokenizer is None:
-        tell(Note("Without a tokenizer nothing is measured.", "warning"))
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None or tokenizer.eos_token_id is None:  # what every window and probe begins with
+        lacking = "a tokenizer" if tokenizer is None else "an end-of-text token in the tokenizer"
+        tell(Note(f"Without {lacking} nothing is measured.", "warning"))
         return None
     require_embedded(checkpoint)
-    return glance(checkpoint.model, checkpoint.tokenizer, recipe.seed, tell)
+    return glance(checkpoint.model, tokenizer, recipe.seed, tell)
 
 
 def _edit(

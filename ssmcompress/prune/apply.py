@@ -15,7 +15,7 @@ from ssmcompress.events import Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import masks, scores
 from ssmcompress.prune.sparsegpt import sparsegpt
 from ssmcompress.prune.targets import Target, targets
-from ssmcompress.recipe import Prune
+from ssmcompress.steps import Prune
 
 STATISTICS: dict[str, type[SquaredSum | Hessian]] = {"wanda": SquaredSum, "sparsegpt": Hessian}
 BLOCK = 128  # columns whose errors SparseGPT spreads before it goes on to the next ones

@@ -13,7 +13,7 @@ from ssmcompress.events import Emit, Note, ignore
 from ssmcompress.prune.depth import find_layers
 from ssmcompress.prune.sizes import Weights, size
 from ssmcompress.prune.units import find_units
-from ssmcompress.recipe import Cut
+from ssmcompress.steps import Cut
 
 
 def cut(

@@ -15,7 +15,7 @@ from ssmcompress.edits import Edit, Keep
 from ssmcompress.events import Emit, LayerDone, Note, Phase, ignore
 from ssmcompress.prune.scores import cosine_distance
 from ssmcompress.prune.sizes import best
-from ssmcompress.recipe import Cut
+from ssmcompress.steps import Cut
 
 
 @torch.no_grad()

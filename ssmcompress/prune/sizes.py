@@ -12,7 +12,7 @@ from ssmcompress.arch.base import Arch
 from ssmcompress.arch.surgery import LAYER, Surgery
 from ssmcompress.edits import Keep
 from ssmcompress.errors import UnsupportedError
-from ssmcompress.recipe import Cut, budget
+from ssmcompress.steps import Cut, budget
 
 CHANNELS = 8  # the kernels read channels by so many
 WHY = {

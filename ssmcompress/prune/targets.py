@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from ssmcompress.arch.base import Arch
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.prune.masks import parse_pattern
-from ssmcompress.recipe import Cut, Prune, Recipe, Step, usual_scope
+from ssmcompress.recipe import Recipe
+from ssmcompress.steps import Cut, Prune, Step, usual_scope
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ssmcompress.events import Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import scores
 from ssmcompress.prune.correct import refitted, rescaled
 from ssmcompress.prune.sizes import best, first
-from ssmcompress.recipe import Cut
+from ssmcompress.steps import Cut
 
 Fisher = Mapping[str, Tensor]
 TAPS: dict[str, dict[str, type[Moment]]] = {  # what a method observes; the others know enough from the weights

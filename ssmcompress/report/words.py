@@ -1,9 +1,10 @@
 """Numbers and recipes as people read them."""
 
 from ssmcompress.events import UNITS, number
-from ssmcompress.recipe import Cut, Prune, Recipe, Step
+from ssmcompress.recipe import Recipe
 from ssmcompress.report.checkpoints import Made
 from ssmcompress.report.measures import Change, Figure
+from ssmcompress.steps import Cut, Prune, Step
 
 METHODS = {"wanda": "WANDA", "magnitude": "magnitude", "sparsegpt": "SparseGPT"}
 NOT_MEASURED = "not measured"

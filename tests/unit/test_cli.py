@@ -13,7 +13,8 @@ import ssmcompress
 from ssmcompress import cli, options
 from ssmcompress.errors import BackendError, GateError, InputError, UnsupportedError
 from ssmcompress.events import Note, Table
-from ssmcompress.recipe import METHODS, Cut, Prune, PruneOptions, Recipe, pruning
+from ssmcompress.recipe import PruneOptions, Recipe, pruning
+from ssmcompress.steps import METHODS, Cut, Prune
 
 VERBS = {
     *("prune", "plan", "apply", "eval", "generate", "compare"),

@@ -302,6 +302,17 @@ def test_the_recipe_of_an_output_says_every_default_and_gives_the_same_bytes(fol
     assert manifest.hashes(first) == manifest.hashes(tmp_path / "again") == manifest.hashes(tmp_path / "applied")
 
 
+def test_a_tokenizer_without_an_end_of_text_token_is_no_reason_to_stop(folder, text, tmp_path):
+    shutil.copytree(folder, tmp_path / "in")
+    folders.edit_json(tmp_path / "in" / "tokenizer_config.json", eos_token=None, bos_token=None)
+    events = []
+    options = {"calib": text, "windows": 4, "length": 16, "emit": events.append}
+    result = ssmcompress.prune(str(tmp_path / "in"), out=tmp_path / "out", **options)
+    assert (result.before, result.after) == (None, None) and manifest.changed(result.folder) == []
+    lacking = Note("Without an end-of-text token in the tokenizer nothing is measured.", "warning")
+    assert events.count(lacking) == 1
+
+
 def test_edits_that_do_not_fit_change_nothing(folder, text, tmp_path):
     ssmcompress.prune(str(folder), out=tmp_path / "first", method="magnitude", no_eval=True)
     folders.save("mamba2", tmp_path / "other", tokenizer=True)

@@ -10,7 +10,7 @@ from ssmcompress.calib.taps import observe
 from ssmcompress.edits import Keep, Replace
 from ssmcompress.prune.correct import refitted, rescaled
 from ssmcompress.prune.units import find_units
-from ssmcompress.recipe import Cut
+from ssmcompress.steps import Cut
 from tests.unit.arch import models
 from tests.unit.arch.models import CONFIGS
 

@@ -7,7 +7,7 @@ from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.prune.sizes import Weights, best, figures, first, possible, size
-from ssmcompress.recipe import Cut
+from ssmcompress.steps import Cut
 from tests.unit.arch.models import CONFIGS
 
 

@@ -12,7 +12,7 @@ from ssmcompress.calib.taps import observe
 from ssmcompress.prune import scores
 from ssmcompress.prune.sizes import best
 from ssmcompress.prune.units import Scorer, find_units, squared_gradients
-from ssmcompress.recipe import METHODS, Cut
+from ssmcompress.steps import METHODS, Cut
 from tests.unit.arch import models
 from tests.unit.arch.models import CONFIGS
 
