@@ -15,6 +15,7 @@ Method = Literal[
     "sparsegpt",
     "joint",
     "ghost",
+    "sparsessm",
     "last",
     "taylor",
     "minitron",

@@ -11,7 +11,7 @@ Scope = Literal["row", "tensor"]
 Method = Literal["wanda", "magnitude", "sparsegpt"]
 UNITS = ("minitron", "flap", "taylor", "magnitude", "random")
 METHODS = {  # of each axis, the usual one first
-    "state": ("joint", "ghost", "last", "taylor", "magnitude", "random"),
+    "state": ("joint", "ghost", "sparsessm", "last", "taylor", "magnitude", "random"),
     "channel": UNITS,
     "dt_rank": ("wanda", "taylor", "magnitude", "random"),
     "head": UNITS,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch, Axis, Slice, fill_buffers, mixers, use_backend
 from ssmcompress.arch.surgery import Surgery, removed
-from ssmcompress.calib.states import States
+from ssmcompress.calib.states import States, StatesInTime
 from ssmcompress.calib.stats import Activity, Moment, Spread, SquaredSum
 from ssmcompress.calib.walk import Walk
 from ssmcompress.edits import Edit, Keep, Replace
@@ -26,6 +26,7 @@ Fisher = Mapping[str, Tensor]
 TAPS: dict[str, dict[str, type[Moment]]] = {  # what a method observes; the others know enough from the weights
     "joint": {"scan": States},
     "ghost": {"scan": States},
+    "sparsessm": {"scan": StatesInTime},
     "minitron": {"conv1d": Activity},
     "flap": {"out_proj": Spread},
     "wanda": {"dt_proj": SquaredSum},
@@ -100,7 +101,7 @@ class _Cutter:
     def _choose(
         self, layer: int, block: nn.Module, statistics: Mapping[str, Any], hidden: Sequence[Tensor]
     ) -> list[Edit]:
-        scorer = Scorer(self.arch, self.axis, layer, block, statistics, self.fisher, self.seed)
+        scorer = Scorer(self.arch, self.axis, layer, block, statistics, self.fisher, self.seed, self.after)
         groups = self.arch.config.n_groups if self.step.axis == "head" else 1
         keep = Keep(self.step.axis, layer, best(scorer.score(self.step.criterion), self.after, groups))
         made: list[Edit] = [keep]
@@ -162,6 +163,7 @@ class Scorer:
     statistics: Mapping[str, Any] = field(default_factory=dict)
     fisher: Fisher = field(default_factory=dict)
     seed: int = 0
+    after: int = 0
 
     def score(self, method: str) -> Tensor:
         """The score of every unit, [units] float32: higher matters more."""
@@ -195,6 +197,9 @@ class Scorer:
 
     def _ghost(self) -> Tensor:
         return (self.statistics["scan"].energy * self.statistics["scan"].readout).sum(0)
+
+    def _sparsessm(self) -> Tensor:
+        return scores.votes(self.statistics["scan"].total.cpu(), self.axis.size - self.after)
 
     def _last(self) -> Tensor:
         cuts = [part for part in self.axis.slices if part.tensor in ("mixer.x_proj.weight", "mixer.in_proj.weight")]
