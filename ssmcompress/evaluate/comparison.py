@@ -77,7 +77,10 @@ class Candidate(BaseModel):
 
 
 class Comparison(BaseModel):
-    """comparison.json: every candidate against the reference; `failures` say why the gate failed, if there is one."""
+    """comparison.json: every candidate against the reference; `failures` say why the gate failed, if there is one.
+
+    `resamples` is the number of them on more than a hundred items; up to that ten times as many are drawn.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -330,7 +333,7 @@ def _change(row: Row) -> str:
     def say(change: float) -> str:
         return f"{100 * change:+.2f}" if percent else f"{change:+.4f}"
 
-    held = row.adjusted or row.interval
+    held = row.interval if row.p_holm is None else row.adjusted
     told = say(row.change) + (" %" if percent else "")
     return told if held is None else f"{told} [{say(held[0])}, {say(held[1])}]"
 
