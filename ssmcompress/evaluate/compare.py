@@ -32,11 +32,13 @@ class Samples:
     values: np.ndarray
     weights: np.ndarray
     chance: float | None = None
+    perplexity: bool | None = None
 
     @property
     def exponential(self) -> bool:
-        """Whether the figure is shown as exp(Σ values / Σ weights): perplexities are."""
-        return self.kind == "log_likelihood" and self.measure.endswith("perplexity")
+        """Whether the figure is shown as exp(Σ values / Σ weights): a perplexity, told by its name where nothing else."""
+        named = self.measure.partition(",")[0].endswith("perplexity")
+        return self.kind == "log_likelihood" and (named if self.perplexity is None else self.perplexity)
 
     @property
     def figure(self) -> float:

@@ -11,13 +11,12 @@ from scipy import stats
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate.compare import Difference, Samples, differences
 from ssmcompress.evaluate.comparison import Verdict, aligned, verdict
-from ssmcompress.evaluate.results import Results, TaskScore
+from ssmcompress.evaluate.results import TEXT, Results, TaskScore
 from ssmcompress.measure.glance import ON
 from ssmcompress.measure.perplexity import DocumentScore, paired_difference
 from ssmcompress.report.checkpoints import Checkpoint, Evaluation, Look, Probe
 
 Unit = Literal["bits", "share", "plain"]
-LIKELIHOOD = "text/bits_per_byte"
 NORMAL = float(stats.norm.ppf(0.975))
 PROBES = {"copy": "copying {} words", "key-value": "{} key-value pairs"}
 
@@ -65,7 +64,7 @@ def figures(each: Checkpoint) -> dict[Measure, Figure]:
     for measure, (figure, documents) in own.items():
         if measure in dense and documents and dense[measure][1]:
             value, *interval = paired_difference(dense[measure][1], documents)
-            said = tested.get(LIKELIHOOD) if measure.key[0] == "text" else None
+            said = tested.get(TEXT) if measure.key[0] == "text" else None
             change = Change(value, (interval[0], interval[1]), verdict(said) if said else None)
             figure = replace(figure, change=change)
         found[measure] = figure
@@ -75,8 +74,7 @@ def figures(each: Checkpoint) -> dict[Measure, Figure]:
             found.setdefault(measure, _changed(figure, tested.get(f"recall/{probe.probe}-{probe.load}")))
         for score in evaluation.summary.tasks:
             measure, figure = _task(score)
-            name = f"{score.task}/{score.metric}" + ("" if score.filter == "none" else f",{score.filter}")
-            found.setdefault(measure, _changed(figure, tested.get(name)))
+            found.setdefault(measure, _changed(figure, tested.get(score.measure)))
     for look in each.looks:
         for probe in look.recall:
             found.setdefault(*_probe(probe, "look"))
@@ -116,7 +114,7 @@ def _look_figure(look: Look) -> Figure:
 
 
 def _documents(results: Results) -> list[DocumentScore]:
-    samples = results.samples.get(LIKELIHOOD)
+    samples = results.samples.get(TEXT)
     if samples is None:
         return []
     rows = zip(samples.items, samples.values, samples.weights, strict=True)
