@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ssmcompress
+from ssmcompress.evaluate.results import documents
 from ssmcompress.events import Emit, Note, Table, Terminal
 from ssmcompress.measure.perplexity import DocumentScore, paired_difference
 
@@ -136,8 +137,7 @@ def _evaluated(way: str, model: str) -> Measured:
     with tempfile.TemporaryDirectory() as work:
         ssmcompress.evaluate(model, recall=True, out=Path(work) / "results")
         summary = json.loads((Path(work) / "results/summary.json").read_text())
-        lines = (Path(work) / "results/documents.jsonl").read_text().splitlines()
-    return Measured(way, summary, [DocumentScore(**json.loads(line)) for line in lines])
+        return Measured(way, summary, documents(Path(work) / "results"))
 
 
 def _documents(score: dict[str, Any]) -> list[DocumentScore]:

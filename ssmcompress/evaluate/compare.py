@@ -1,5 +1,6 @@
 """Whether two models differ on the same items: paired intervals, paired tests, and Holm's correction over measures."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,6 +10,8 @@ from scipy import stats
 
 LEVEL = 0.05  # of the whole family of measures
 RESAMPLES = 9_999
+FEW = 100  # up to so many items ten times as many resamples, which their wider intervals need
+LEAST = 6  # items: the signs of fewer agree by chance more often than once in twenty times, 2 / 2**5
 CHUNK = 2**21  # resampled entries in memory at a time
 
 Kind = Literal["accuracy", "log_likelihood"]
@@ -29,11 +32,13 @@ class Samples:
     values: np.ndarray
     weights: np.ndarray
     chance: float | None = None
+    perplexity: bool | None = None
 
     @property
     def exponential(self) -> bool:
-        """Whether the figure is shown as exp(Σ values / Σ weights): perplexities are."""
-        return self.kind == "log_likelihood" and self.measure.endswith("perplexity")
+        """Whether the figure is shown as exp(Σ values / Σ weights): a perplexity, by its name where nothing tells."""
+        named = self.measure.partition(",")[0].endswith("perplexity")
+        return self.kind == "log_likelihood" and (named if self.perplexity is None else self.perplexity)
 
     @property
     def figure(self) -> float:
@@ -62,7 +67,8 @@ class Difference:
 
     `change` is B's figure minus A's for an accuracy, and B's figure over A's, minus one, for a likelihood measure (for
     a perplexity that is exp of the difference of the mean nats, minus one). `interval` holds it with 95 % confidence by
-    itself; `adjusted` with the confidence that its step of Holm's procedure asks for (None both for a single item).
+    itself; `adjusted` with the confidence that its step of Holm's procedure asks for (None where the items are too few
+    to tell an interval).
     `p` is the test's, `p_holm` the one to be held against 5 %.
     """
 
@@ -88,7 +94,7 @@ class Difference:
     def worst(self) -> float:
         """The greatest loss that the adjusted interval holds; infinite where there is no interval."""
         if self.adjusted is None:
-            return float("inf") if self.change else 0.0
+            return float("inf") if self.change or self.items > 1 else 0.0
         return -self.adjusted[0] if self.kind == "accuracy" else self.adjusted[1]
 
     @property
@@ -114,7 +120,7 @@ def differences(
     for one, other in zip(a, b, strict=True):
         change, drawn = _changes(one, other, seed, resamples)
         binary = bool(np.isin([one.values, other.values], [0.0, 1.0]).all()) and one.kind == "accuracy"
-        p = mcnemar(one.values, other.values) if binary else bootstrap_p(drawn)
+        p = mcnemar(one.values, other.values) if binary else less_sure(bootstrap_p(drawn), len(one.values))
         draws.append(drawn)
         found.append(
             Difference(
@@ -124,7 +130,7 @@ def differences(
                 a=one.figure,
                 b=other.figure,
                 change=change,
-                interval=interval(drawn, LEVEL),
+                interval=interval(drawn, widened(LEVEL, len(one.values))),
                 adjusted=None,
                 test="mcnemar" if binary else "bootstrap",
                 p=p if one.measurable else None,
@@ -135,7 +141,7 @@ def differences(
     tested = [i for i, each in enumerate(found) if each.p is not None]
     adjusted, levels = holm(np.array([found[i].p for i in tested], float))
     for i, p, level in zip(tested, adjusted, levels, strict=True):
-        found[i] = replace(found[i], p_holm=float(p), adjusted=interval(draws[i], level))
+        found[i] = replace(found[i], p_holm=float(p), adjusted=interval(draws[i], widened(level, found[i].items)))
     return found
 
 
@@ -157,16 +163,37 @@ def bootstrap_p(draws: np.ndarray) -> float:
 
 
 def interval(draws: np.ndarray, level: float) -> Interval | None:
-    """The percentile interval of resampled changes [R] that misses with probability `level`; None without draws.
+    """The percentile interval of resampled changes [R] that misses with probability `level`.
 
-    The ends are order statistics, not interpolated: so it excludes zero exactly where `bootstrap_p` ≤ level. That is
-    why it is no BCa interval.
+    None where there are too few draws to tell one; what never changes has (0, 0) at any level. The ends are order
+    statistics, not interpolated: so it excludes zero exactly where `bootstrap_p` ≤ level. That is why it is no BCa
+    interval.
     """
-    if not len(draws):
+    rank = int(level / 2 * (len(draws) + 1) + 1e-9)
+    if len(draws) and not draws.any():
+        return 0.0, 0.0
+    if rank < 1:
         return None
-    rank = max(1, int(level / 2 * (len(draws) + 1) + 1e-9))
     ordered = np.sort(draws)
     return float(ordered[rank - 1]), float(ordered[-rank])
+
+
+def widened(level: float, items: int) -> float:
+    """The level at which a percentile interval of so few items misses with probability `level`.
+
+    Resamples of n items spread by √((n - 1) / n) too little, and their tails are the normal's, not those of Student's t
+    (Hesterberg 2015, the expanded percentile interval).
+    """
+    if items < LEAST:
+        return 0.0
+    return float(2 * stats.norm.cdf(math.sqrt(items / (items - 1)) * stats.t.ppf(level / 2, items - 1)))
+
+
+def less_sure(p: float, items: int) -> float:
+    """The p of so few items whose `bootstrap_p` is p: the level that `widened` takes to p."""
+    if items < LEAST:
+        return 1.0
+    return float(2 * stats.t.cdf(math.sqrt((items - 1) / items) * stats.norm.ppf(p / 2), items - 1))
 
 
 def holm(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +227,7 @@ def _changes(a: Samples, b: Samples, seed: int, resamples: int) -> tuple[float, 
         paired=True,
         vectorized=True,
         method="percentile",
-        n_resamples=resamples,
+        n_resamples=resamples if len(gain) > FEW else 10 * (resamples + 1) - 1,
         batch=max(1, CHUNK // len(gain)),
         rng=np.random.Generator(np.random.PCG64(seed)),
     )

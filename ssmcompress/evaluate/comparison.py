@@ -3,8 +3,8 @@
 import difflib
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -77,7 +77,10 @@ class Candidate(BaseModel):
 
 
 class Comparison(BaseModel):
-    """comparison.json: every candidate against the reference; `failures` say why the gate failed, if there is one."""
+    """comparison.json: every candidate against the reference; `failures` say why the gate failed, if there is one.
+
+    `resamples` is the number of them on more than a hundred items; up to that ten times as many are drawn.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -115,9 +118,10 @@ def compare(
         raise InputError("There is nothing to compare with.", hint="Give two or more folders of `eval --out`.")
     if strict and not bounds:
         raise InputError("--strict has nothing to be strict about.", hint="Say what may be lost: --max-drop 0.01.")
+    _require_apart(results, out)
     reference, *others = found = [read(folder) for folder in results]
     pairs = [aligned(reference, other) for other in others]
-    _require_known(bounds, list(reference.samples))
+    require_known(bounds, list(reference.samples))
     names = labels(found)
     candidates = tuple(
         Candidate(
@@ -232,7 +236,7 @@ def _sorted(samples: Samples) -> Samples:
     order = sorted(range(len(samples.items)), key=samples.items.__getitem__)
     items = tuple(samples.items[i] for i in order)
     values, weights = samples.values[order], samples.weights[order]
-    return Samples(samples.measure, samples.kind, items, values, weights, samples.chance)
+    return replace(samples, items=items, values=values, weights=weights)
 
 
 def _bounds(given: Sequence[str | float]) -> dict[str, float]:
@@ -262,13 +266,21 @@ def _bound(bounds: dict[str, float], measure: str) -> float | None:
     return next((bounds[key] for key in keys if key in bounds), None)
 
 
-def _require_known(bounds: dict[str, float], measures: list[str]) -> None:
+def _require_apart(results: Sequence[str | Path], out: str | Path | None) -> None:
+    """InputError where the output would take the place of what is compared."""
+    for folder in results if out is not None else ():
+        if Path(folder).expanduser().resolve().is_relative_to(Path(str(out)).expanduser().resolve()):
+            raise InputError(f"{out} holds the results that are compared.", hint="Choose another --out.")
+
+
+def require_known(bounds: Iterable[str], measures: Sequence[str]) -> None:
+    """InputError for a bound on what is not among the measures, nor the task or kind of one."""
     known = sorted({*measures, *(name.partition("/")[0] for name in measures)})
     for key in bounds:
         if key != ALL and key not in known:
             close = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Measured were {', '.join(measures)}."
-            raise InputError(f"--max-drop names {key!r}, which was not measured.", hint=hint)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Measured: {', '.join(measures)}."
+            raise InputError(f"There is a bound on {key!r}, which is not measured.", hint=hint)
 
 
 def _failures(candidate: Candidate, bounds: dict[str, float], strict: bool) -> list[str]:
@@ -277,7 +289,7 @@ def _failures(candidate: Candidate, bounds: dict[str, float], strict: bool) -> l
         return []
     gated = [row for row in candidate.measures if row.gate is not None]
     if not any(row.measurable for row in gated):
-        return [f"{candidate.label}: nothing that was measured is measurable: the reference is at chance."]
+        return [f"{candidate.label}: nothing that has a bound is measurable: the reference is at chance."]
     found = [
         f"{candidate.label}: {row.measure} {'lost' if row.gate == 'fails' else 'may have lost'} more than allowed:"
         f" {_change(row)}, bound {_allowed(row)}."
@@ -330,7 +342,7 @@ def _change(row: Row) -> str:
     def say(change: float) -> str:
         return f"{100 * change:+.2f}" if percent else f"{change:+.4f}"
 
-    held = row.adjusted or row.interval
+    held = row.interval if row.p_holm is None else row.adjusted
     told = say(row.change) + (" %" if percent else "")
     return told if held is None else f"{told} [{say(held[0])}, {say(held[1])}]"
 

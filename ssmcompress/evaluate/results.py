@@ -4,9 +4,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,12 +18,14 @@ from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate.compare import Kind, Samples
 from ssmcompress.measure.interval import accuracy_interval
-from ssmcompress.measure.perplexity import Perplexity
+from ssmcompress.measure.perplexity import DocumentScore, Perplexity
 from ssmcompress.measure.recall import Recall
 
 NAME = "summary.json"
-DOCUMENTS = "documents.jsonl"
+TEXT = "text/bits_per_byte"
 SAMPLES = "samples.jsonl"
+HINT = "Give a folder that `ssmcompress eval MODEL --out` wrote."
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class TaskScore(BaseModel):
@@ -55,6 +57,11 @@ class TaskScore(BaseModel):
         """95 % interval of a share of right answers; None for other figures, or without a standard error."""
         error = self.standard_error
         return accuracy_interval(self.value, error, self.samples) if self.share and error is not None else None
+
+    @property
+    def measure(self) -> str:
+        """What its items are called in samples.jsonl."""
+        return f"{self.task}/{self.metric}" + ("" if self.filter == "none" else f",{self.filter}")
 
 
 class Item(BaseModel):
@@ -139,9 +146,6 @@ class Summary(BaseModel):
     def write(self, folder: Path, likelihood: Perplexity | None, items: Sequence[Item] = ()) -> None:
         """Writes summary.json, and what each measure gave item by item for paired tests."""
         (folder / NAME).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        if likelihood is not None:
-            rows = (json.dumps(vars(document)) + "\n" for document in likelihood.documents)
-            (folder / DOCUMENTS).write_text("".join(rows), encoding="utf-8")
         found = [*text_items(likelihood), *items]
         lines = "".join(item.model_dump_json(exclude_none=True) + "\n" for item in found)
         (folder / SAMPLES).write_text(lines, encoding="utf-8")
@@ -151,7 +155,7 @@ def text_items(likelihood: Perplexity | None) -> list[Item]:
     """The documents of a text: bits over bytes."""
     return [
         Item(
-            measure="text/bits_per_byte",
+            measure=TEXT,
             kind="log_likelihood",
             item=document.sha256,
             value=document.nats / math.log(2),
@@ -197,29 +201,61 @@ class Results:
 def read(folder: str | Path) -> Results:
     """Reads what `eval --out` wrote; InputError where it is missing or damaged."""
     folder = Path(folder)
-    hint = "Give a folder that `ssmcompress eval MODEL --out` wrote."
-    try:
-        summary = Summary.model_validate_json((folder / NAME).read_text(encoding="utf-8"))
-        items = [Item.model_validate_json(line) for line in (folder / SAMPLES).read_text("utf-8").splitlines()]
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}.", hint=hint) from None
-    except (ValidationError, ValueError) as error:
-        raise InputError(
-            f"{folder} holds no results that can be read: {str(error).splitlines()[0]}.", hint=hint
-        ) from None
-    chances = {f"{score.task}/{score.metric}": score.chance for score in summary.tasks}
+    summary = _valid(Summary, _text(folder / NAME), folder / NAME)
+    scores = {score.measure: score for score in summary.tasks}
+    chances = {name: score.chance for name, score in scores.items()}
     try:
         chances |= {f"recall/{probe['probe']}-{probe['load']}": probe["chance"] for probe in summary.recall}
     except KeyError as error:
-        raise InputError(f"{folder / NAME} has a memory probe without {error}.", hint=hint) from None
+        raise InputError(f"{folder / NAME} has a memory probe without {error}.", hint=HINT) from None
     found: dict[str, list[Item]] = {}
-    for item in items:
+    for item in _items(folder):
         found.setdefault(item.measure, []).append(item)
-    return Results(folder, summary, {name: _samples(rows, chances.get(name)) for name, rows in found.items()})
+    for name, rows in found.items():
+        if name in scores and len(rows) != scores[name].samples:
+            told = f"{len(rows)} items of {name}, and {NAME} tells of {scores[name].samples}"
+            raise InputError(f"{folder / SAMPLES} holds {told}.", hint=HINT)
+        if min(row.weight for row in rows) < 0 or not math.fsum(row.weight for row in rows):
+            raise InputError(f"{folder / SAMPLES} has weights of {name} that are no weights.", hint=HINT)
+    samples = {name: _samples(rows, chances.get(name), scores.get(name)) for name, rows in found.items()}
+    return Results(folder, summary, samples)
 
 
-def _samples(rows: list[Item], chance: float | None) -> Samples:
-    return Samples(
+def documents(folder: str | Path) -> list[DocumentScore]:
+    """The scores of the text's documents, as `measure.perplexity` takes them."""
+    return [
+        DocumentScore(item.value * math.log(2), item.tokens or 0, int(item.weight), item.item)
+        for item in _items(Path(folder))
+        if item.measure == TEXT
+    ]
+
+
+def _items(folder: Path) -> list[Item]:
+    path = folder / SAMPLES
+    lines = enumerate(_text(path).split("\n"), 1)  # a name may hold what splitlines takes for the end of a line
+    return [_valid(Item, line, path, f"line {number}: ") for number, line in lines if line]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}.", hint=HINT) from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} cannot be read: it is not text.", hint=HINT) from None
+
+
+def _valid(kind: type[Model], text: str, path: Path, where: str = "") -> Model:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = where + "".join(f"{part}: " for part in first["loc"])
+        raise InputError(f"{path} cannot be read: {place}{first['msg']}.", hint=HINT) from None
+
+
+def _samples(rows: list[Item], chance: float | None, score: TaskScore | None) -> Samples:
+    made = Samples(
         rows[0].measure,
         rows[0].kind,
         tuple(row.item for row in rows),
@@ -227,3 +263,7 @@ def _samples(rows: list[Item], chance: float | None) -> Samples:
         np.array([row.weight for row in rows], float),
         chance,
     )
+    if score is None or made.kind == "accuracy":
+        return made
+    plain = math.isclose(made.values.sum() / made.weights.sum(), score.value, rel_tol=1e-6)
+    return replace(made, perplexity=not plain)

@@ -91,9 +91,8 @@ def _items(score: TaskScore, rows: list[Any]) -> list[Item]:
                 continue
         except (TypeError, ValueError, OverflowError, ZeroDivisionError):
             continue
-        measure = f"{score.task}/{score.metric}" + ("" if score.filter == "none" else f",{score.filter}")
         return [
-            Item(measure=measure, kind=kind, item=_identity(row), value=value, weight=weight)
+            Item(measure=score.measure, kind=kind, item=_identity(row), value=value, weight=weight)
             for row, (value, weight) in zip(rows, pairs, strict=True)
         ]
     return []

@@ -9,14 +9,13 @@ from typing import Any, Literal
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate.compare import Difference, Samples, differences
 from ssmcompress.evaluate.comparison import Verdict, aligned, verdict
-from ssmcompress.evaluate.results import Results, TaskScore
+from ssmcompress.evaluate.results import TEXT, Results, TaskScore
 from ssmcompress.measure.glance import ON
 from ssmcompress.measure.interval import accuracy_interval
 from ssmcompress.measure.perplexity import DocumentScore, paired_difference
 from ssmcompress.report.checkpoints import Checkpoint, Evaluation, Look, Probe
 
 Unit = Literal["bits", "share", "plain"]
-LIKELIHOOD = "text/bits_per_byte"
 PROBES = {"copy": "copying {} words", "key-value": "{} key-value pairs"}
 
 
@@ -63,7 +62,7 @@ def figures(each: Checkpoint) -> dict[Measure, Figure]:
     for measure, (figure, documents) in own.items():
         if measure in dense and documents and dense[measure][1]:
             value, *interval = paired_difference(dense[measure][1], documents)
-            said = tested.get(LIKELIHOOD) if measure.key[0] == "text" else None
+            said = tested.get(TEXT) if measure.key[0] == "text" else None
             held = (interval[0], interval[1]) if len(documents) > 1 else None
             change = Change(value, held, verdict(said) if said else None)
             figure = replace(figure, change=change)
@@ -74,8 +73,7 @@ def figures(each: Checkpoint) -> dict[Measure, Figure]:
             found.setdefault(measure, _changed(figure, tested.get(f"recall/{probe.probe}-{probe.load}")))
         for score in evaluation.summary.tasks:
             measure, figure = _task(score)
-            name = f"{score.task}/{score.metric}" + ("" if score.filter == "none" else f",{score.filter}")
-            found.setdefault(measure, _changed(figure, tested.get(name)))
+            found.setdefault(measure, _changed(figure, tested.get(score.measure)))
     for look in each.looks:
         for probe in look.recall:
             found.setdefault(*_probe(probe, "look"))
@@ -106,7 +104,7 @@ def _look_figure(look: Look) -> Figure:
 
 
 def _documents(results: Results) -> list[DocumentScore]:
-    samples = results.samples.get(LIKELIHOOD)
+    samples = results.samples.get(TEXT)
     if samples is None:
         return []
     rows = zip(samples.items, samples.values, samples.weights, strict=True)

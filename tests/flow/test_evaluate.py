@@ -50,9 +50,10 @@ def test_eval_writes_a_summary(run, models, documents, few, tmp_path, name):
         *(("copy", length) for length in (8, 12, 16, 20)),
         *(("key-value", pairs) for pairs in (2, 4, 8)),
     ]
-    rows = [json.loads(line) for line in (out / "documents.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["measure"] == "text/bits_per_byte"]
     texts = [json.loads(line)["text"] for line in Path(documents).read_text().splitlines()]
-    assert [row["bytes"] for row in rows] == [len(each.encode()) for each in texts]
+    assert [row["weight"] for row in rows] == [len(each.encode()) for each in texts]
     assert "bits per byte" in printed and number(summary.bits_per_byte) in printed
     code, _, err = run(*arguments)
     assert code == 2 and "exists already" in err

@@ -13,7 +13,9 @@ from ssmcompress.evaluate.compare import (
     differences,
     holm,
     interval,
+    less_sure,
     mcnemar,
+    widened,
 )
 
 ITEMS = 120
@@ -130,7 +132,7 @@ def test_the_interval_is_that_of_scipy_and_covers():
 
 
 def test_bits_per_byte_change_by_their_own_share():
-    a, size = np.array([100.0, 300.0, 220.0]), np.array([90.0, 310.0, 200.0])
+    a, size = np.array([100.0, 300.0, 220.0] * 4), np.array([90.0, 310.0, 200.0] * 4)
     [found] = differences(
         [samples("text/bits_per_byte", a, size)], [samples("text/bits_per_byte", 1.05 * a, size)], resamples=199
     )
@@ -158,6 +160,44 @@ def test_a_level_at_chance_is_not_tested_and_costs_the_others_nothing():
 def test_measurable_is_four_standard_errors_above_chance(right, chance, measurable):
     values = np.arange(100) < right
     assert samples("t/acc", values, chance=chance).measurable is measurable
+
+
+@pytest.mark.parametrize("items", [2, 3, 5, 6, 8, 12])
+def test_few_items_do_not_alarm(items):
+    rng = np.random.default_rng(items)
+    fired = 0
+    for seed in range(200):
+        size = rng.gamma(5, 50, items)
+        nats = size * rng.lognormal(-0.4, 0.3, items)
+        pair = [[samples("text/bits_per_byte", nats + rng.normal(0, 2, items), size)] for _ in "ab"]
+        [found] = differences(*pair, seed=seed, resamples=199)
+        fired += found.significant and found.loss > 0
+        assert (found.adjusted is None) == (items < 6)
+        assert items >= 6 or (found.p, found.worst) == (1.0, float("inf"))
+    assert fired <= 10
+
+
+def test_a_dozen_items_are_enough_for_a_great_loss_among_many_measures():
+    nats = np.arange(100.0, 112.0)
+    lost = nats * np.random.default_rng(0).normal(1.2, 0.01, 12)
+    pair = [[samples(f"{name}/perplexity", side) for name in "abcdefghijkl"] for side in (nats, lost)]
+    assert all(each.significant for each in differences(*pair))
+
+
+def test_an_interval_of_few_items_is_wider_and_says_what_p_says():
+    for items in (6, 12, 62, 5000):
+        level = widened(0.05, items)
+        assert level < 0.05 and less_sure(level, items) == pytest.approx(0.05)
+    assert widened(0.05, 5000) == pytest.approx(0.05, abs=1e-3)
+    width = stats.norm.ppf(1 - widened(0.05, 12) / 2)
+    assert width == pytest.approx(stats.t.ppf(0.975, 11) * (12 / 11) ** 0.5)
+
+
+def test_losses_that_cancel_on_two_items_are_not_excluded():
+    [found] = differences([samples("t/acc", [1, 0], chance=None)], [samples("t/acc", [0, 1], chance=None)])
+    assert (found.change, found.adjusted, found.worst) == (0.0, None, float("inf"))
+    [same] = differences([samples("t/acc", [1, 0], chance=None)], [samples("t/acc", [1, 0], chance=None)])
+    assert (same.adjusted, same.worst) == ((0.0, 0.0), 0.0)
 
 
 def test_one_item_has_no_interval():

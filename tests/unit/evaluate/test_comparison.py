@@ -167,7 +167,7 @@ def test_what_the_reference_cannot_do_passes_no_gate(tmp_path):
         with pytest.raises(GateError, match=f"{key} is not measurable"):
             ssmcompress.compare(dense, other, max_drop=["0.01", f"{key}=0.5"])
     alone = [results(tmp_path / name, {HARD: GUESSED}) for name in ("a", "b")]
-    with pytest.raises(GateError, match="nothing that was measured is measurable"):
+    with pytest.raises(GateError, match="nothing that has a bound is measurable"):
         ssmcompress.compare(*alone, max_drop=["0.01"])
     assert ssmcompress.compare(*alone).passed is None
 
@@ -224,11 +224,19 @@ def test_other_windows_or_weights_are_refused(tmp_path):
         ssmcompress.compare(made["a"], made["c"])
 
 
+@pytest.mark.parametrize("out", ["dense", "."])
+def test_what_is_compared_is_not_replaced_by_the_comparison(dense, tmp_path, out):
+    (tmp_path / "summary.json").write_text('{"schema_version": 1}')
+    with pytest.raises(InputError, match="holds the results that are compared"):
+        ssmcompress.compare(dense, dense, out=tmp_path / out, overwrite=True)
+    assert (Path(dense) / "samples.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("bounds", "words"),
     [
         (["arc_eazy_local=0.01"], "Did you mean 'arc_easy_local'"),
-        (["nonsense=0.01"], "Measured were text/bits_per_byte, arc_easy_local/acc"),
+        (["nonsense=0.01"], "Measured: text/bits_per_byte, arc_easy_local/acc"),
         (["text=much"], "Write 0.01"),
         (["-0.1"], "Write 0.01"),
         (["nan"], "Write 0.01"),
@@ -253,7 +261,7 @@ def test_folders_that_hold_no_results_are_refused(dense, tmp_path):
         ssmcompress.compare(dense, tmp_path)
     for line in ("{", '{"measure": "t/acc"}', "[]"):
         (tmp_path / "dense" / "samples.jsonl").write_text(line)
-        with pytest.raises(InputError, match="no results that can be read"):
+        with pytest.raises(InputError, match=r"samples.jsonl cannot be read: line 1"):
             ssmcompress.compare(dense, dense)
     (tmp_path / "dense" / "samples.jsonl").write_text("")
     with pytest.raises(InputError, match="holds no scored items"):

@@ -12,8 +12,9 @@ from ssmcompress.errors import BackendError, InputError, UnsupportedError
 from ssmcompress.evaluate import evaluation
 from ssmcompress.evaluate.evaluation import compute_dtype
 from ssmcompress.evaluate.results import Summary
+from ssmcompress.evaluate.results import documents as kept
 from ssmcompress.events import Finished, Metric
-from ssmcompress.measure.perplexity import DocumentScore, paired_difference, perplexity
+from ssmcompress.measure.perplexity import paired_difference, perplexity
 from tests.unit.checkpoint import folders
 
 
@@ -71,10 +72,7 @@ def test_documents_are_kept_for_paired_tests(folder, documents, tmp_path):
     events = []
     summary = ssmcompress.evaluate(folder, perplexity=documents, out=tmp_path / "a", emit=events.append)
     ssmcompress.evaluate(folder, perplexity=documents, out=tmp_path / "b", batch_size=1)
-    rows = [
-        [DocumentScore(**json.loads(line)) for line in (tmp_path / name / "documents.jsonl").read_text().splitlines()]
-        for name in "ab"
-    ]
+    rows = [kept(tmp_path / name) for name in "ab"]
     assert paired_difference(rows[0], rows[0]) == (0.0, 0.0, 0.0)
     difference, low, high = paired_difference(*rows)
     assert low <= difference <= high and abs(difference) < 1e-6

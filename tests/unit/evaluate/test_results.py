@@ -1,14 +1,16 @@
 """summary.json: versioned, typed, and nothing unknown in it."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate.evaluation import tell_tasks
-from ssmcompress.evaluate.results import Summary, TaskScore, read
-from tests.unit.evaluate.folders import LEAST
+from ssmcompress.evaluate.results import Summary, TaskScore, documents, read
+from tests.unit.evaluate.folders import LEAST, results
 
 
 def test_what_was_not_measured_is_null():
@@ -54,3 +56,53 @@ def test_only_shares_of_right_answers_have_an_interval():
     told = []
     tell_tasks(scores, told.append)
     assert [row[2] for row in told[0].rows] == [f"1.000 [{low:.3f}, 1.000]", "1.000", "1.000 ± 0.5000"]
+
+
+ACC = {"task/acc": np.array([1.0, 0.0, 1.0])}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: lines[:2], "2 items of task/acc, and summary.json tells of 3"),
+        (lambda lines: [*lines, "{"], "line 4: Invalid JSON"),
+        (lambda lines: [lines[0].replace('"weight": 1.0', '"weight": -1.0'), *lines[1:]], "weights of task/acc"),
+        (lambda lines: [line.replace('"weight": 1.0', '"weight": 0') for line in lines], "weights of task/acc"),
+        (lambda lines: [lines[0].replace('"value"', '"valu"'), *lines[1:]], "line 1: value: Field required"),
+    ],
+)
+def test_damaged_items_are_refused_and_named(tmp_path, change, said):
+    path = tmp_path / "samples.jsonl"
+    results(tmp_path, ACC)
+    path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
+    with pytest.raises(InputError, match=said):
+        read(tmp_path)
+
+
+def test_a_damaged_summary_is_refused_and_named(tmp_path):
+    results(tmp_path, ACC)
+    whole = (tmp_path / "summary.json").read_text()
+    (tmp_path / "summary.json").write_text(whole.replace('"schema_version":1', '"schema_version":2'))
+    with pytest.raises(InputError, match=r"summary.json cannot be read: schema_version: Input should be 1"):
+        read(tmp_path)
+    (tmp_path / "summary.json").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"summary.json cannot be read: it is not text"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "figure"), [(math.exp(3), math.exp(3)), (3.0, 3.0)])
+@pytest.mark.parametrize("name", ["ppl", "perplexity,strict"])
+def test_a_perplexity_is_one_whatever_its_name(tmp_path, name, value, figure):
+    results(tmp_path, {f"t/acc_{name}": np.array([2.0, 4.0])}, task={"value": value})
+    lines = (tmp_path / "samples.jsonl").read_text()
+    (tmp_path / "samples.jsonl").write_text(lines.replace('"accuracy"', '"log_likelihood"'))
+    [samples] = read(tmp_path).samples.values()
+    assert samples.figure == pytest.approx(figure)
+
+
+def test_documents_come_back_from_their_items(tmp_path):
+    text = {"text/bits_per_byte": np.array([8.0, 16.0])}
+    results(tmp_path, text | ACC, weights={"text/bits_per_byte": np.array([4.0, 5.0])})
+    found = documents(tmp_path)
+    assert [document.nats for document in found] == pytest.approx([8 * math.log(2), 16 * math.log(2)])
+    assert [document.bytes for document in found] == [4, 5]
