@@ -74,9 +74,12 @@ Target = Annotated[
     ),
 ]
 Correct = Annotated[
-    Literal["none", "rescale", "refit"],
+    Literal["none", "rescale", "refit"] | None,
     typer.Option(
-        "--correct", help="Make up for what went: by out_proj, or by the norm heads share.", rich_help_panel=WHAT
+        "--correct",
+        help="Make up for what went: by new weights of out_proj, or by those of the norm that heads share.",
+        show_default="refit for channels and heads",
+        rich_help_panel=WHAT,
     ),
 ]
 AnySize = Annotated[bool, typer.Option("--any-size", help="Allow sizes that kernels run slowly.", rich_help_panel=WHAT)]
@@ -177,7 +180,7 @@ def _pruning_options(
     axis: Axis = None,
     keep: KeepUnits = None,
     target: Target = None,
-    correct: Correct = "none",
+    correct: Correct = None,
     any_size: AnySize = False,
     pattern: Pattern = None,
     scope: Scope = None,

@@ -121,7 +121,7 @@ class PruneOptions(TypedDict, total=False):
     axis: str | None
     keep: float | None
     target: str | None
-    correct: str
+    correct: str | None
     any_size: bool
     calib: str | None
     calib_split: str | None
@@ -153,7 +153,7 @@ def pruning(model: str, options: PruneOptions) -> Recipe:
         if name in kind.model_fields:
             step[name] = value
         elif name in other.model_fields:
-            if value not in (None, (), [], {}, False, "none"):
+            if value not in (None, (), [], {}, False):
                 clash = "has no meaning with an axis" if kind is Cut else "needs an axis"
                 raise RecipeError(f"{name} {clash}.", hint="An axis takes keep or target; zeroing weights, sparsity.")
         elif name in CALIBRATION or name in Calibration.model_fields:

@@ -9,15 +9,16 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Scope = Literal["row", "tensor"]
 Method = Literal["wanda", "magnitude", "sparsegpt"]
-UNITS = ("minitron", "flap", "taylor", "magnitude", "random")
+UNITS = ("taylor", "flap", "minitron", "magnitude", "random")
 METHODS = {  # of each axis, the usual one first
-    "state": ("joint", "ghost", "sparsessm", "last", "taylor", "magnitude", "random"),
+    "state": ("ghost", "joint", "sparsessm", "last", "taylor", "magnitude", "random"),
     "channel": UNITS,
     "dt_rank": ("wanda", "taylor", "magnitude", "random"),
     "head": UNITS,
     "head_channel": UNITS,
     "layer": ("shedder", "similarity", "random"),
 }
+REFITTED = ("channel", "head", "head_channel")
 
 
 class Strict(BaseModel):
@@ -99,8 +100,8 @@ class Cut(Strict):
 
     `keep` is the share that stays (up to 1) or their number (above 1); `target` a budget: params=75%, state=50% or
     memory=500MB, of the whole model. `correct` makes up for what went: refit solves each out_proj for the dense block's
-    output, rescale (heads and their channels) corrects the norm that they shared. `any_size` lets sizes pass that
-    kernels run slowly or not at all.
+    output, and is usual for channels and heads; rescale corrects the norm that heads share. `any_size` lets sizes pass
+    that kernels run slowly or not at all.
     """
 
     step: Literal["prune"] = "prune"
@@ -108,7 +109,7 @@ class Cut(Strict):
     method: str | None = None
     keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     target: str | None = None
-    correct: Literal["none", "rescale", "refit"] = "none"
+    correct: Literal["none", "rescale", "refit"] | None = None
     any_size: bool = False
 
     @field_validator("target")
@@ -134,8 +135,13 @@ class Cut(Strict):
 
     @property
     def criterion(self) -> str:
-        """The method, or the axis's usual one."""
+        """The method, or the axis's usual one, chosen on the validation novel (evals/axes.py)."""
         return self.method or METHODS[self.axis][0]
+
+    @property
+    def correction(self) -> str:
+        """What makes up for the units that went; usually a refit where it helped on the validation novel."""
+        return self.correct or ("refit" if self.axis in REFITTED else "none")
 
     @property
     def calibrated(self) -> bool:
@@ -145,7 +151,7 @@ class Cut(Strict):
     @property
     def new_values(self) -> bool:
         """Whether weights that stay get new values."""
-        return self.correct != "none"
+        return self.correction != "none"
 
 
 def budget(text: str) -> tuple[str, float, bool]:
@@ -177,7 +183,7 @@ def beyond_defaults(step: Step) -> dict[str, Any]:
     """What a step says that is not usual, be it written out or left out."""
     said = step.model_dump(mode="json", exclude_defaults=True)
     if isinstance(step, Cut):
-        return said | {"method": step.criterion}
+        return said | {"method": step.criterion, "correct": step.correction}
     scope = said.pop("scope", None)
     if isinstance(scope, dict):
         scope = {module: each for module, each in scope.items() if each != usual_scope(step.method, module)}

@@ -86,7 +86,7 @@ class _Cutter:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.small = Surgery(arch, first(arch, step.axis, after)).arch.build("meta")
         use_backend(self.small, next(mixers(model)).backend)
-        self.taps = TAPS.get(step.criterion, {}) | ({"norm": SquaredSum} if step.correct == "rescale" else {})
+        self.taps = TAPS.get(step.criterion, {}) | ({"norm": SquaredSum} if step.correction == "rescale" else {})
         self.found: list[Edit] = []
 
     def block(
@@ -105,12 +105,12 @@ class _Cutter:
         groups = self.arch.config.n_groups if self.step.axis == "head" else 1
         keep = Keep(self.step.axis, layer, best(scorer.score(self.step.criterion), self.after, groups))
         made: list[Edit] = [keep]
-        if self.step.correct == "rescale":
+        if self.step.correction == "rescale":
             norm, name = cast(Any, block).mixer.norm, "mixer.norm.weight"
             gone = removed(self.axis, keep.keep, name)[0]
             alive = torch.ones(len(norm.weight), dtype=torch.bool).index_fill(0, gone, False)
             made.append(self._replace(layer, name, rescaled(norm, alive, statistics["norm"].norm.square().cpu())))
-        elif self.step.correct == "refit":
+        elif self.step.correction == "refit":
             name = "mixer.out_proj.weight"
             new = self._replace(layer, name, refitted(block, self._cut(layer, block, made), hidden))
             made.append(Surgery(self.arch, made).lift(new, self.shapes))
