@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import ssmcompress
-from ssmcompress.evaluate.results import documents
 from ssmcompress.errors import UnsupportedError
+from ssmcompress.evaluate.results import documents
 from ssmcompress.events import Emit, Note, Table, Terminal
 from ssmcompress.measure.perplexity import DocumentScore, paired_difference
 
