@@ -22,7 +22,7 @@ class Family:
 
 
 def models(*, emit: Emit = ignore) -> list[Family]:
-    """The families: prunable modules, axes (apart those of which a stock config can say any size), weights no hook sees."""
+    """The families: prunable modules, axes (apart those a stock config has any size of), weights no hook sees."""
     found = [_family(model_type) for model_type in FAMILIES]
     rows = tuple(
         (each.model_type, ", ".join(each.prunable), ", ".join(each.axes), ", ".join(each.hookless)) for each in found
