@@ -16,7 +16,7 @@ from ssmcompress.calib.states import States, StatesInTime
 from ssmcompress.calib.stats import Activity, Moment, Spread, SquaredSum
 from ssmcompress.calib.walk import Walk
 from ssmcompress.edits import Edit, Keep, Replace
-from ssmcompress.events import Emit, LayerDone, Phase, ignore
+from ssmcompress.events import Advance, Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import scores
 from ssmcompress.prune.correct import refitted, rescaled
 from ssmcompress.prune.sizes import best, first
@@ -53,8 +53,7 @@ def find_units(
     """
     fisher = {}
     if step.criterion == "taylor" and windows is not None:
-        emit(Phase("squared gradients", 1))
-        fisher = squared_gradients(model, windows, arch.axes()[step.axis])
+        fisher = squared_gradients(model, windows, arch.axes()[step.axis], emit)
     emit(Phase(f"choosing {step.axis}s by {step.criterion}", arch.layers))
     cutter = _Cutter(model, arch, step, after, dtypes or {}, fisher, seed, {} if finished is None else finished)
     if step.calibrated and windows is not None:
@@ -134,8 +133,9 @@ class _Cutter:
 
 
 @torch.enable_grad()
-def squared_gradients(model: PreTrainedModel, windows: Tensor, axis: Axis) -> dict[str, Tensor]:
+def squared_gradients(model: PreTrainedModel, windows: Tensor, axis: Axis, emit: Emit = ignore) -> dict[str, Tensor]:
     """The mean over windows of the squared gradient of the loss, of every tensor the axis cuts (Fisher diagonal)."""
+    emit(Phase("squared gradients", len(windows)))
     tensors = {part.tensor for part in axis.slices}
     wanted = {name: p for name, p in model.named_parameters() if name.split(".", 3)[-1] in tensors}
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in wanted.items()}
@@ -147,6 +147,7 @@ def squared_gradients(model: PreTrainedModel, windows: Tensor, axis: Axis) -> di
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         for name, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True):
             total[name] += gradient.float().square() / len(windows)
+        emit(Advance())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(required[name])
     return total
