@@ -29,7 +29,7 @@ def refitted(dense: nn.Module, cut: nn.Module, hidden: Sequence[Tensor]) -> Tens
 
     Least squares of the two projections' outputs, held to the old weights by a ridge.
     """
-    weight = cast(Any, dense).mixer.out_proj.weight
+    weight = cast(Any, dense).mixer.out_proj.weight.float()
     narrow = cast(Any, cut).mixer.out_proj.weight.double()
     square = narrow.new_zeros(narrow.shape[1], narrow.shape[1])
     cross = torch.zeros_like(narrow)

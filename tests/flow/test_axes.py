@@ -69,6 +69,15 @@ def test_the_edits_give_the_same_bytes_again(models, small, tmp_path, name, axis
     assert contents(tmp_path / "second") == contents(tmp_path / "first")
 
 
+@pytest.mark.parametrize(("name", "axis", "keep"), [cut for cut in CUTS if cut[0] in ("mamba", "mamba2-grouped")])
+def test_units_may_be_chosen_in_the_narrow_dtype_that_is_stored(models, small, tmp_path, name, axis, keep):
+    folder = ssmcompress.prune(
+        models[name], out=tmp_path / "out", axis=axis, keep=keep, dtype="bfloat16", **small
+    ).folder
+    check = manifest.read(folder).verification
+    assert check.transformers <= check.tolerance and check.ssmcompress <= check.tolerance
+
+
 @pytest.mark.parametrize(("name", "axis", "correct"), [("mamba", "channel", "refit"), ("mamba2", "head", "rescale")])
 def test_corrections_replay_too(models, small, tmp_path, name, axis, correct):
     out = tmp_path / "first"
