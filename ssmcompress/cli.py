@@ -197,8 +197,8 @@ def apply(
     _call("apply", **locals())
 
 
-@app.command(epilog="Example: ssmcompress eval out/wanda50 --perplexity --recall --out results/wanda50")
-def eval(
+@app.command("eval", epilog="Example: ssmcompress eval out/wanda50 --perplexity --recall --out results/wanda50")
+def evaluate(
     model: Model,
     *,
     perplexity: PerplexityText = None,

@@ -59,8 +59,23 @@ class Replace:
         tensor.copy_(self.values)
 
 
+class _Kept:
+    """What edits that hold booleans have in common: they are stored as bits."""
+
+    keep: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of what it is for: a tensor's, or the number of units there are."""
+        return self.keep.shape
+
+    def pack(self) -> Tensor:
+        """What is stored: eight entries a byte, the first in the highest bit."""
+        return torch.from_numpy(np.packbits(self.keep.detach().cpu().flatten().numpy()))
+
+
 @dataclass(frozen=True, eq=False)
-class Mask:
+class Mask(_Kept):
     """Which entries of a tensor stay, keep [*shape] bool; the others become +0.0. Stored as bits."""
 
     kind: ClassVar[str] = "mask"
@@ -70,15 +85,6 @@ class Mask:
     def __post_init__(self) -> None:
         if self.keep.dtype != torch.bool:
             raise TypeError(f"a mask is boolean, not {self.keep.dtype}")
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape of the tensor it is for."""
-        return self.keep.shape
-
-    def pack(self) -> Tensor:
-        """What is stored: eight entries a byte, the first in the highest bit."""
-        return _bits(self.keep)
 
     @classmethod
     def unpack(cls, tensor: str, shape: tuple[int, ...], stored: Tensor) -> "Mask":
@@ -91,7 +97,7 @@ class Mask:
 
 
 @dataclass(frozen=True, eq=False)
-class Keep:
+class Keep(_Kept):
     """Which units of an axis stay, keep [units] bool: of one layer, or of the whole model (the axis `layer`)."""
 
     kind: ClassVar[str] = "keep"
@@ -107,15 +113,6 @@ class Keep:
     def tensor(self) -> str:
         """What it is about, where other edits name a tensor."""
         return self.axis if self.layer is None else f"layers.{self.layer}.{self.axis}"
-
-    @property
-    def shape(self) -> torch.Size:
-        """The number of units there are."""
-        return self.keep.shape
-
-    def pack(self) -> Tensor:
-        """What is stored, as of a mask."""
-        return _bits(self.keep)
 
     @classmethod
     def unpack(cls, tensor: str, shape: tuple[int, ...], stored: Tensor) -> "Keep":
@@ -256,10 +253,6 @@ def compose(*steps: Iterable[Edit]) -> list[Edit]:
                 else:
                     earlier[edit.kind] = edit
     return [*(edit for group in found.values() for edit in group.values()), *units.values()]
-
-
-def _bits(keep: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits(keep.detach().cpu().flatten().numpy()))
 
 
 def _unbits(shape: tuple[int, ...], stored: Tensor) -> Tensor:

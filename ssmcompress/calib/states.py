@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ssmcompress.arch.base import Scan
-from ssmcompress.calib.stats import Moment
+from ssmcompress.calib.stats import Statistic
 
 
-class States(Moment):
+class States(Statistic):
     """Sums over tokens, float64 [groups, states], of h², C² and C² h², with h² summed over a group's channels."""
 
     def __init__(self, groups: int, size: int) -> None:
@@ -35,7 +35,7 @@ class States(Moment):
         """E[C² h²] [groups, states], float32: what the output of the scan would lose with each state."""
         return (self.total[2] / self.count).float()
 
-    def add(self, x: Any, mask: Tensor | None = None) -> None:
+    def add(self, x: Any) -> None:
         """Takes in a scan of whole windows."""
         scan: Scan = x
         read = scan.C.double().square()
@@ -45,11 +45,8 @@ class States(Moment):
             self.total += torch.stack([energy.sum(0), read[:, t].sum(0), (energy * read[:, t]).sum(0)])
         self.count += read.shape[0] * read.shape[1]
 
-    def _accumulate(self, rows: Tensor) -> None:
-        raise NotImplementedError("states are counted by scans")
 
-
-class StatesInTime(Moment):
+class StatesInTime(Statistic):
     """Σ over windows and channels of A_log² h² before each token, float64 [tokens, states] (SparseSSM, thm. 1)."""
 
     def __init__(self, length: int, size: int) -> None:
@@ -60,7 +57,7 @@ class StatesInTime(Moment):
         """An empty one for such a scan."""
         return cls(x.C.shape[1], x.C.shape[3])
 
-    def add(self, x: Any, mask: Tensor | None = None) -> None:
+    def add(self, x: Any) -> None:
         """Takes in a scan of whole windows, all of one length; what the last token leaves is read by none."""
         scan: Scan = x
         weight = scan.A.neg().log().square()[None, :, None]
@@ -69,6 +66,3 @@ class StatesInTime(Moment):
             if t < len(self.total):
                 self.total[t] += (weight * state.square()).sum((0, 1, 2)).double()
         self.count += scan.C.shape[0] * scan.C.shape[1]
-
-    def _accumulate(self, rows: Tensor) -> None:
-        raise NotImplementedError("states are counted by scans")

@@ -11,8 +11,8 @@ from ssmcompress.errors import InputError, UnsupportedError
 ROWS = 1024  # tokens widened to float64 at a time
 
 
-class Moment(ABC):
-    """A sum over tokens of something of their inputs, and how many tokens there were."""
+class Statistic(ABC):
+    """A sum over tokens of something that a tap shows, and how many tokens there were."""
 
     def __init__(self, width: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.width = width
@@ -20,18 +20,13 @@ class Moment(ABC):
         self.total = torch.zeros(shape, dtype=dtype)
 
     @classmethod
+    @abstractmethod
     def of(cls, x: Any) -> Self:
-        """An empty one for inputs such as x."""
-        return cls(x.shape[-1])  # type: ignore[call-arg]  # every kind takes its width alone
+        """An empty one for what a tap shows, such as x."""
 
-    def add(self, x: Any, mask: Tensor | None = None) -> None:
-        """Takes in inputs [..., width], of which mask [...] (bool) selects those that count."""
-        if x.shape[-1] != self.width:
-            raise ValueError(f"inputs of width {x.shape[-1]} where {self.width} is expected")
-        rows = x.detach().reshape(-1, self.width) if mask is None else x.detach()[mask]
-        self.total = self.total.to(rows.device)
-        self._accumulate(rows)
-        self.count += len(rows)
+    @abstractmethod
+    def add(self, x: Any) -> None:
+        """Takes in what a tap shows of whole windows."""
 
     def merge(self, other: Self) -> None:
         """Takes in what another one of the same width has seen."""
@@ -46,6 +41,24 @@ class Moment(ABC):
             raise UnsupportedError(f"No calibration input reached {name}.", hint="Leave it out with --exclude.")
         if not bool(self.total.isfinite().all()):
             raise InputError(f"The calibration inputs of {name} are not finite.", hint="Are the model's weights sound?")
+
+
+class Moment(Statistic):
+    """A statistic of a module's inputs, token by token."""
+
+    @classmethod
+    def of(cls, x: Any) -> Self:
+        """An empty one for inputs such as x."""
+        return cls(x.shape[-1])  # type: ignore[call-arg]  # every kind takes its width alone
+
+    def add(self, x: Any, mask: Tensor | None = None) -> None:
+        """Takes in inputs [..., width], of which mask [...] (bool) selects those that count."""
+        if x.shape[-1] != self.width:
+            raise ValueError(f"inputs of width {x.shape[-1]} where {self.width} is expected")
+        rows = x.detach().reshape(-1, self.width) if mask is None else x.detach()[mask]
+        self.total = self.total.to(rows.device)
+        self._accumulate(rows)
+        self.count += len(rows)
 
     @abstractmethod
     def _accumulate(self, rows: Tensor) -> None:

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ssmcompress.arch.base import Arch, Mixer
-from ssmcompress.calib.stats import Moment
+from ssmcompress.calib.stats import Statistic
 from ssmcompress.calib.taps import observe
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.events import Emit, LayerDone, ignore
 
-EditBlock = Callable[[int, nn.Module, Mapping[str, Moment], Sequence[Tensor]], tuple[nn.Module, float | None]]
+EditBlock = Callable[[int, nn.Module, Mapping[str, Statistic], Sequence[Tensor]], tuple[nn.Module, float | None]]
 
 
 @dataclass(frozen=True)
 class Walk:
     """One pass over the blocks: with what to observe which modules' inputs (or "scan"), and what to do then."""
 
-    collect: Mapping[str, type[Moment]]
+    collect: Mapping[str, type[Statistic]]
     edit: EditBlock
     batch: int = 1  # windows at a time: on a CPU one is the fastest and takes the least memory
     known: Container[int] = ()  # layers whose edits an earlier run has found: not observed again
@@ -51,9 +51,9 @@ class Walk:
             emit(LayerDone(layer, arch.layers, time.perf_counter() - started, error, kept))
         return hidden
 
-    def _observe(self, layer: int, block: nn.Module, hidden: list[Tensor]) -> tuple[dict[str, Moment], Tensor]:
+    def _observe(self, layer: int, block: nn.Module, hidden: list[Tensor]) -> tuple[dict[str, Statistic], Tensor]:
         """What the dense block's modules take in, and the block's output of the first batch."""
-        statistics: dict[str, Moment] = {}
+        statistics: dict[str, Statistic] = {}
 
         def watch(module: str, x: Any) -> None:
             if module in self.collect:

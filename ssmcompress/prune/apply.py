@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmcompress.arch.base import Arch
-from ssmcompress.calib.stats import Hessian, Moment, SquaredSum
+from ssmcompress.calib.stats import Hessian, SquaredSum, Statistic
 from ssmcompress.calib.walk import Walk
 from ssmcompress.edits import Edit, Mask, Replace, TensorEdit, apply, apply_edit
 from ssmcompress.events import Emit, LayerDone, Phase, ignore
@@ -38,7 +38,7 @@ def find_edits(
     """
     pruner = _Pruner(arch, step, dtypes or {}, {} if finished is None else finished)
     emit(Phase(f"pruning by {step.method}", arch.layers))
-    head: Moment | None = None
+    head: Statistic | None = None
     if step.method == "magnitude":
         for layer, block in enumerate(arch.blocks(model)):
             started = time.perf_counter()
@@ -74,7 +74,7 @@ class _Pruner:
         self.outer = tuple(module for module in self.targets if module in arch.outer)
         self.found: list[Edit] = []
 
-    def block(self, layer: int, block: nn.Module, statistics: Mapping[str, Moment]) -> float | None:
+    def block(self, layer: int, block: nn.Module, statistics: Mapping[str, Statistic]) -> float | None:
         """Prunes the targets of one block; returns the share of their entries that is not zero, None without any."""
         weights = {module: block.get_parameter(f"mixer.{module}.weight").data for module in self.inner}
         made = self.finished.get(layer)
@@ -90,12 +90,12 @@ class _Pruner:
         return sum(int(weight.count_nonzero()) for weight in weights.values()) / size if weights else None
 
     def walked(
-        self, layer: int, block: nn.Module, statistics: Mapping[str, Moment], _hidden: Sequence[Tensor]
+        self, layer: int, block: nn.Module, statistics: Mapping[str, Statistic], _hidden: Sequence[Tensor]
     ) -> tuple[nn.Module, float | None]:
         """The block itself, pruned, and the share of its targets' entries that stays."""
         return block, self.block(layer, block, statistics)
 
-    def weight(self, name: str, weight: Tensor, module: str, statistic: Moment | None) -> list[TensorEdit]:
+    def weight(self, name: str, weight: Tensor, module: str, statistic: Statistic | None) -> list[TensorEdit]:
         """Prunes one weight in place; returns the edits that do it."""
         values, keep = prune_weight(weight, self.method, self.targets[module], statistic)
         made: list[TensorEdit] = [Mask(name, keep)]

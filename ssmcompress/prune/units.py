@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ssmcompress.arch.base import Arch, Axis, Slice, fill_buffers, mixers, use_backend
 from ssmcompress.arch.surgery import Surgery, removed
 from ssmcompress.calib.states import States, StatesInTime
-from ssmcompress.calib.stats import Activity, Moment, Spread, SquaredSum
+from ssmcompress.calib.stats import Activity, Spread, SquaredSum, Statistic
 from ssmcompress.calib.walk import Walk
 from ssmcompress.edits import Edit, Keep, Replace
 from ssmcompress.events import Advance, Emit, LayerDone, Phase, ignore
@@ -23,7 +23,7 @@ from ssmcompress.prune.sizes import best, first
 from ssmcompress.steps import Cut
 
 Fisher = Mapping[str, Tensor]
-TAPS: dict[str, dict[str, type[Moment]]] = {  # what a method observes; the others know enough from the weights
+TAPS: dict[str, dict[str, type[Statistic]]] = {  # what a method observes; the others know enough from the weights
     "joint": {"scan": States},
     "ghost": {"scan": States},
     "sparsessm": {"scan": StatesInTime},
