@@ -13,6 +13,7 @@ from ssmcompress.measure.exercises import Exercise, Vocabulary, copying, key_val
 
 COPY_LENGTHS = (8, 12, 16, 20)
 PAIRS = (2, 4, 8)
+PROBES = (*(("copy", length) for length in COPY_LENGTHS), *(("key-value", pairs) for pairs in PAIRS))
 
 
 @dataclass(frozen=True)

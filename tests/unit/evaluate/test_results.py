@@ -64,7 +64,7 @@ def test_a_damaged_summary_is_refused_and_named(tmp_path):
     with pytest.raises(InputError, match=r"summary.json cannot be read: schema_version: Input should be 1"):
         read(tmp_path)
     (tmp_path / "summary.json").write_bytes(b"\xff")
-    with pytest.raises(InputError, match="summary.json cannot be read: it is not text"):
+    with pytest.raises(InputError, match=r"summary\.json cannot be read: it is not text"):
         read(tmp_path)
 
 
