@@ -288,8 +288,9 @@ def required_tokenizer(checkpoint: Checkpoint) -> Any:
 
 def tell_perplexity(found: Perplexity, emit: Emit) -> None:
     """The figures of a text as events."""
-    emit(Metric("bits per byte", found.bits_per_byte, *found.bits_per_byte_interval))
-    emit(Metric("token perplexity", found.perplexity, *found.perplexity_interval))
+    known = len(found.documents) > 1  # one document has no interval
+    emit(Metric("bits per byte", found.bits_per_byte, *(found.bits_per_byte_interval if known else ())))
+    emit(Metric("token perplexity", found.perplexity, *(found.perplexity_interval if known else ())))
 
 
 def tell_recall(found: list[probes.Recall], emit: Emit) -> None:

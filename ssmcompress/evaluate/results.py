@@ -110,14 +110,15 @@ class Summary(BaseModel):
         """The summary of what was measured."""
         weights = checkpoint.stored
         if likelihood is not None:
+            known = len(likelihood.documents) > 1  # one document has no interval
             fields |= {
                 "text": Path(text or "").name,
                 "text_sha256": _identity(likelihood),
                 "length": likelihood.length,
                 "bits_per_byte": likelihood.bits_per_byte,
-                "bits_per_byte_interval": likelihood.bits_per_byte_interval,
+                "bits_per_byte_interval": likelihood.bits_per_byte_interval if known else None,
                 "perplexity": likelihood.perplexity,
-                "perplexity_interval": likelihood.perplexity_interval,
+                "perplexity_interval": likelihood.perplexity_interval if known else None,
             }
         return cls(
             model=source.name,

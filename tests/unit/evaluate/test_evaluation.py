@@ -81,6 +81,13 @@ def test_documents_are_kept_for_paired_tests(folder, documents, tmp_path):
     assert [event.name for event in events if isinstance(event, Metric)] == ["bits per byte", "token perplexity"]
 
 
+def test_one_document_has_no_interval(folder, documents):
+    events = []
+    found = ssmcompress.evaluate(folder, perplexity=documents, limit=1, emit=events.append)
+    assert (found.bits_per_byte_interval, found.perplexity_interval) == (None, None)
+    assert all(event.low is None for event in events if isinstance(event, Metric))
+
+
 def test_fewer_documents_are_the_first_ones(folder, documents):
     some = ssmcompress.evaluate(folder, perplexity=documents, limit=2)
     assert some.text_sha256 != ssmcompress.evaluate(folder, perplexity=documents).text_sha256

@@ -70,3 +70,14 @@ def test_an_accuracy_without_an_error_still_has_an_interval():
     assert accuracy_interval(0.3, binary, 100) == tuple(stats.binomtest(30, 100).proportion_ci(method="wilson"))
     assert accuracy_interval(0.5, 0.01, 128) == pytest.approx((0.5 - 0.0196, 0.5 + 0.0196), abs=1e-4)
     assert accuracy_interval(0.99, 0.02, 128)[1] == 1.0
+
+
+def test_one_document_has_no_interval(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "DOCUMENTS", 1)
+    wanda = models["wanda"]
+    dense = outputs.evaluation(tmp_path / "r0", outputs.source_of(wanda), "source")
+    other = outputs.evaluation(tmp_path / "r1", outputs.weights_of(wanda), "w", loss=0.05)
+    found = figures(read([wanda, dense, other])[1])
+    figure = named(found, "bits per byte")
+    assert figure.interval is None and figure.change.interval is None and figure.change.value == pytest.approx(0.05)
+    assert next(each.about for each in found if each.name == "bits per byte").startswith("1 document of")
