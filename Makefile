@@ -29,6 +29,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python evals/bench/cpu.py
+	$(BIN)/python evals/bench/cuts.py
 
 regress: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m evals.regress

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ssmcompress
+from ssmcompress.errors import UnsupportedError
 from ssmcompress.evaluate.results import documents
 from ssmcompress.events import Emit, Note, Table, Terminal
 from ssmcompress.measure.perplexity import DocumentScore, paired_difference
@@ -27,6 +28,12 @@ WAYS = {
     "WANDA 2:4": "prune/wanda-2-4",
     "SparseGPT 50 %": "prune/sparsegpt-50",
     "SparseGPT 2:4": "prune/sparsegpt-2-4",
+    "half of the states": "prune/states-50",
+    "half of the states, recall in calibration": "prune/states-50-recall",
+    "half of the states, then WANDA 50 %": "prune/states-50-wanda-50",
+    "half of the channels": "prune/channels-50",
+    "half of the heads": "prune/heads-50",
+    "three quarters of the layers": "prune/layers-75",
 }
 CONTESTS = (
     ("magnitude 50 %", "WANDA 50 %"),
@@ -71,7 +78,10 @@ def measure(model: str, tell: Emit) -> list[Measured]:
     with tempfile.TemporaryDirectory() as work:
         for way, recipe in WAYS.items():
             folder = Path(work) / Path(recipe).name
-            ssmcompress.run(recipe, [f"model=ref:{model}"], out=folder, no_eval=True)
+            try:
+                ssmcompress.run(recipe, [f"model=ref:{model}"], out=folder, no_eval=True)
+            except UnsupportedError:  # channels are Mamba-1's, heads Mamba-2's
+                continue
             found.append(_evaluated(way, str(folder)))
             tell(Note(f"ref:{model}, {way}: {found[-1].summary['bits_per_byte']:.4f} bits per byte"))
     return found

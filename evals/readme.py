@@ -36,7 +36,7 @@ def support_matrix() -> str:
     lines.append("|---|---|---|---|")
     for family in models():
         unseen = [name for name in family.prunable if name in family.hookless]
-        axes = [f"{name} ({'yes' if name in family.stock_axes else 'no'})" for name in family.axes]
+        axes = [f"{name} ({'yes' if name in family.stock_axes else 'in part'})" for name in family.axes]
         cells = (f"`{family.model_type}`", _names(family.prunable), _names(unseen), ", ".join(axes))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from ssmcompress.checkpoint.source import load
 from ssmcompress.events import Note, Terminal
 from ssmcompress.measure.perplexity import Perplexity, paired_difference, perplexity
 from ssmcompress.prune.apply import find_edits
-from ssmcompress.recipe import Prune
+from ssmcompress.steps import Prune
 
 HERE = Path(__file__).parent
 PARTS, CHARACTERS = 40, 6000  # of the novel, spread evenly

@@ -114,7 +114,7 @@ def _resource(error: Exception) -> ResourceError | None:
     rust = re.search(r"Os \{ code: (\d+)", text)  # safetensors passes the system's error on as text
     code = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
     if code in RESOURCES:
-        name = getattr(error, "filename", None) or "A file"
+        name = getattr(error, "filename2", None) or getattr(error, "filename", None) or "A file"
         return ResourceError(f"{name} {RESOURCES[code]}.", hint="Make room, or choose another folder with --out.")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return ResourceError("Memory ran out.", hint="Lower --windows, --length or --batch-size.")

@@ -17,8 +17,9 @@ from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
+UNITS = ((1e9, "billion", "GB"), (1e6, "million", "MB"), (1e3, "thousand", "kB"))
 PLAIN_WIDTH = 100  # columns of text where nothing tells how wide the page is
-NUMBER = re.compile(r"[-+±≤≥<>~]?\s?\d[\d.,e+-]*(\s?(%|×|x|s|ms|B|[kMGT]B?|[KMGT]iB|[\[(].*[\])]))*")
+NUMBER = re.compile(r"[-+±≤≥<>~]?\s?\d[\d.,e+-]*(\s?(%|×|x|s|ms|points|B|[kMGT]B?|[KMGT]iB|[\[(].*[\])]))*")
 BLANK = frozenset({"", "-", "–", "—"})
 
 
@@ -138,6 +139,12 @@ def number(value: float) -> str:
         return f"{int(value):,}"
     digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:.3g}" if digits > 7 else f"{value:,.{digits}f}"
+
+
+def size(value: float) -> str:
+    """A number of bytes for people."""
+    unit, _, word = next((unit for unit in UNITS if value >= unit[0]), (1.0, "", "bytes"))
+    return f"{value / unit:.2f} {word}" if word != "bytes" else f"{value:,.0f} bytes"
 
 
 class JsonLines:

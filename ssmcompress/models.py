@@ -6,6 +6,7 @@ from transformers import AutoConfig
 
 from ssmcompress import reference
 from ssmcompress.arch.registry import FAMILIES, arch_for
+from ssmcompress.arch.surgery import LAYER
 from ssmcompress.events import Emit, Table, ignore
 
 
@@ -21,7 +22,7 @@ class Family:
 
 
 def models(*, emit: Emit = ignore) -> list[Family]:
-    """The families: prunable modules, axes (those a stock config can express named apart), weights no hook sees."""
+    """The families: prunable modules, axes (apart those a stock config has any size of), weights no hook sees."""
     found = [_family(model_type) for model_type in FAMILIES]
     rows = tuple(
         (each.model_type, ", ".join(each.prunable), ", ".join(each.axes), ", ".join(each.hookless)) for each in found
@@ -35,4 +36,4 @@ def _family(model_type: str) -> Family:
     arch = arch_for(AutoConfig.for_model(model_type))
     axes = arch.axes()
     stock = tuple(name for name, axis in axes.items() if axis.config_key)
-    return Family(model_type, arch.prunable, tuple(axes), stock, arch.hookless)
+    return Family(model_type, arch.prunable, (*axes, LAYER), (*stock, LAYER), arch.hookless)

@@ -15,6 +15,7 @@ Method = Literal[
     "sparsegpt",
     "joint",
     "ghost",
+    "sparsessm",
     "last",
     "taylor",
     "minitron",
@@ -72,6 +73,15 @@ Target = Annotated[
         rich_help_panel=WHAT,
     ),
 ]
+Correct = Annotated[
+    Literal["none", "rescale", "refit"] | None,
+    typer.Option(
+        "--correct",
+        help="Make up for what went: by new weights of out_proj, or by those of the norm that heads share.",
+        show_default="refit for channels and heads",
+        rich_help_panel=WHAT,
+    ),
+]
 AnySize = Annotated[bool, typer.Option("--any-size", help="Allow sizes that kernels run slowly.", rich_help_panel=WHAT)]
 Sparsity = Annotated[
     float | None,
@@ -110,7 +120,6 @@ Overrides = Annotated[
 ]
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Number of token windows.", rich_help_panel=TEXT)]
 Length = Annotated[int, typer.Option("--length", min=1, help="Tokens a window.", rich_help_panel=TEXT)]
-
 
 PerplexityText = Annotated[
     str | None,
@@ -171,6 +180,7 @@ def _pruning_options(
     axis: Axis = None,
     keep: KeepUnits = None,
     target: Target = None,
+    correct: Correct = None,
     any_size: AnySize = False,
     pattern: Pattern = None,
     scope: Scope = None,

@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Unpack
 
 import torch
@@ -12,17 +13,18 @@ from ssmcompress.arch.surgery import Surgery
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.card import MASKS
 from ssmcompress.checkpoint.card import coverage as coverage_rows
-from ssmcompress.checkpoint.manifest import TensorRecord
+from ssmcompress.checkpoint.manifest import SizeRecord, TensorRecord
 from ssmcompress.checkpoint.shards import Shards
-from ssmcompress.checkpoint.source import headers, resolve
+from ssmcompress.checkpoint.source import Source, headers, resolve
 from ssmcompress.edits import Edit, Mask
-from ssmcompress.errors import RecipeError
+from ssmcompress.errors import InputError, RecipeError, ResourceError
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
 from ssmcompress.prune.sizes import Figures, Size, Weights, figures, first, size, weigh
 from ssmcompress.prune.targets import Target, formless, targets
-from ssmcompress.recipe import Cut, PruneOptions, Recipe, Step, pruning
+from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import read, shipped
+from ssmcompress.steps import Cut, Step
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def plan(
     It refuses what they would refuse, and reads no weight. Where steps meet in one tensor the smallest share is told.
     """
     recipe = _recipe(model, overrides, options)
-    source = resolve(recipe.model)
+    source = _resolve(recipe.model)
     arch, stored = headers(source)
     weights = weigh(stored)
     expected = forecast(arch, recipe.steps, weights)
@@ -124,6 +126,17 @@ def _recipe(model: str | Recipe, overrides: Sequence[str], options: PruneOptions
     return read(model, overrides)
 
 
+def _resolve(model: str) -> Source:
+    """The source of a model; where there is none, a recipe whose name is nearly the same may be meant."""
+    try:
+        return resolve(model)
+    except (InputError, ResourceError) as error:
+        near = get_close_matches(model, shipped(), n=1, cutoff=0.8)
+        if not near:
+            raise
+        raise type(error)(error.message, hint=f"Did you mean the recipe {near[0]!r}?") from error
+
+
 def names_of(arch: Arch, module: str) -> list[str]:
     """The tensor names of one kind of module."""
     if module in arch.outer:
@@ -195,19 +208,28 @@ def tell_coverage(records: Sequence[TensorRecord], emit: Emit, share: str = "not
         emit(Note(MASKS))
 
 
+def tell_size(before: Figures | SizeRecord, after: Figures | SizeRecord, emit: Emit) -> None:
+    """How large the model was, and is."""
+    emit(Table("size", ("", "before", "after"), size_rows(before, after)))
+
+
+def size_rows(before: Figures | SizeRecord, after: Figures | SizeRecord) -> tuple[tuple[str, str, str], ...]:
+    """Parameters and bytes, with the share that is left where it is not all."""
+    names = {"params": "parameters", "weight_bytes": "weight bytes", "state_bytes": "state bytes a sequence"}
+    rows = []
+    for key, name in names.items():
+        old, new = getattr(before, key), getattr(after, key)
+        rows.append((name, f"{old:,}", f"{new:,}" + (f" ({new / old:.1%})" if new != old else "")))
+    return tuple(rows)
+
+
 def _tell(found: Plan, emit: Emit) -> None:
     for change in found.sizes:
         emit(Note(change.note or f"{change.after} of {change.before} {change.axis}s stay."))
-    rows = (
-        ("parameters", f"{found.before.params:,}", f"{found.after.params:,}"),
-        (
-            "of them zero",
-            "not counted" if found.zeros_before is None else f"{found.zeros_before:,}",
-            f"at least {found.zeros:,}" if found.zeros_before else f"{found.zeros:,}",
-        ),
-        ("weight bytes", f"{found.before.weight_bytes:,}", f"{found.after.weight_bytes:,}"),
-        ("state bytes a sequence", f"{found.before.state_bytes:,}", f"{found.after.state_bytes:,}"),
-    )
+    params, *others = size_rows(found.before, found.after)
+    before = "not counted" if found.zeros_before is None else f"{found.zeros_before:,}"
+    after = f"at least {found.zeros:,}" if found.zeros_before else f"{found.zeros:,}"
+    rows = (params, ("of them zero", before, after), *others)
     emit(Table("plan", ("", "before", "after"), rows))
     emit(Note(f"The output loads in {' and '.join(found.loads_in)}."))
     tell_coverage(found.tensors, emit, "not zero, at most" if found.zeros_before else "not zero")

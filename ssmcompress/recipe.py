@@ -6,45 +6,26 @@ Unknown keys are refused, and every mistake is told at once, with its line where
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
     field_validator,
     model_validator,
 )
 
 from ssmcompress.errors import RecipeError
+from ssmcompress.steps import Cut, Prune, Step, Strict, beyond_defaults
 
-Ratio = Annotated[float, Field(ge=0, lt=1)]
 Drop = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Scope = Literal["row", "tensor"]
-Method = Literal["wanda", "magnitude", "sparsegpt"]
-UNITS = ("minitron", "flap", "taylor", "magnitude", "random")
-METHODS = {  # of each axis, the usual one first
-    "state": ("joint", "ghost", "last", "taylor", "magnitude", "random"),
-    "channel": UNITS,
-    "dt_rank": ("wanda", "taylor", "magnitude", "random"),
-    "head": UNITS,
-    "head_channel": UNITS,
-    "layer": ("shedder", "similarity", "random"),
-}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Calibration(_Strict):
+class Calibration(Strict):
     """Which text the statistics are taken from: None is the shipped text."""
 
     text: str | None = None
@@ -55,131 +36,13 @@ class Calibration(_Strict):
     length: Annotated[int, Field(gt=0)] = 512
 
 
-class Prune(_Strict):
-    """Zeroes weights: a share of each tensor or row (half unless told), or M - N of every M inputs.
-
-    Scores compete over the whole tensor unless `scope` says row, for all modules or by module. WANDA's authors compare
-    within rows, which costs these models more: a row of in_proj is a channel, a state or a step size, of which the
-    model uses some far more than others (evals/results/scopes.md).
-    """
-
-    step: Literal["prune"] = "prune"
-    method: Method = "wanda"
-    sparsity: Ratio | None = None
-    pattern: str | None = None
-    scope: Scope | dict[str, Scope] | None = None
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    modules: dict[str, Ratio] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _half(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            values = {name: value for name, value in values.items() if name != "method" or value is not None}
-            if values.get("sparsity") is None and values.get("pattern") is None:
-                values["sparsity"] = 0.5
-        return values
-
-    @field_validator("include", "exclude", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("pattern")
-    @classmethod
-    def _pattern(cls, value: str | None) -> str | None:
-        if value is not None:
-            n, _, m = value.partition(":")
-            if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
-                raise ValueError("must be N:M, N of every M inputs kept, with 0 < N < M (2:4)")
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Prune":
-        if self.pattern and self.modules:
-            raise ValueError("pattern and modules (ratios by module) exclude one another")
-        if self.pattern and self.sparsity is not None:
-            raise ValueError(f"pattern {self.pattern} and sparsity {self.sparsity} exclude one another")
-        if self.scope and (self.pattern or self.method == "sparsegpt"):
-            cause = "a pattern" if self.pattern else "sparsegpt"
-            raise ValueError(f"scope has no meaning with {cause}, which has groups of its own")
-        return self
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the scores need calibration text."""
-        return self.method != "magnitude"
-
-
-class Cut(_Strict):
-    """Removes units of an axis from every layer, or whole layers: those of which the method makes least.
-
-    `keep` is the share that stays (up to 1) or their number (above 1); `target` a budget: params=75%, state=50% or
-    memory=500MB, of the whole model. `any_size` lets sizes pass that kernels run slowly or not at all.
-    """
-
-    step: Literal["prune"] = "prune"
-    axis: Literal["state", "channel", "dt_rank", "head", "head_channel", "layer"]
-    method: str | None = None
-    keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    target: str | None = None
-    any_size: bool = False
-
-    @field_validator("target")
-    @classmethod
-    def _target(cls, value: str | None) -> str | None:
-        if value is not None:
-            budget(value)
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Cut":
-        if (self.keep is None) == (self.target is None):
-            raise ValueError(f"an axis needs either keep or target, to say how many units of {self.axis} stay")
-        if self.method not in (None, *METHODS[self.axis]):
-            near = get_close_matches(str(self.method), METHODS[self.axis], n=1)
-            known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS[self.axis])}"
-            raise ValueError(f"the axis {self.axis} has no method {self.method!r}: {known}")
-        return self
-
-    @property
-    def criterion(self) -> str:
-        """The method, or the axis's usual one."""
-        return self.method or METHODS[self.axis][0]
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the scores need calibration text."""
-        return self.criterion not in ("magnitude", "last", "random")
-
-
-def budget(text: str) -> tuple[str, float, bool]:
-    """What "params=75%", "state=50%" or "memory=500MB" bounds, the bound, and whether it is a share; ValueError."""
-    found = re.fullmatch(r"(params|state|memory)=(\d+(?:\.\d+)?) ?(%|[KMGT]?B?)", text.replace(",", ""))
-    if not found:
-        raise ValueError("must be params=, state= or memory= with a share (75%) or an amount (100M, 500MB)")
-    value, unit = float(found[2]), found[3]
-    if unit == "%":
-        return found[1], value / 100, True
-    return found[1], value * 1000 ** "KMGT".index(unit[0]) * 1000 if unit[:1] in tuple("KMGT") else value, False
-
-
-def _kind(step: Any) -> str:
-    named = "axis" in step if isinstance(step, dict) else isinstance(step, Cut)
-    return "cut" if named else "prune"
-
-
-Step = Annotated[Annotated[Prune, Tag("prune")] | Annotated[Cut, Tag("cut")], Discriminator(_kind)]
-
-
-class Save(_Strict):
+class Save(Strict):
     """How the weights are written: shards of at most this size."""
 
     shard_size: Annotated[str, Field(pattern=r"^\d+ ?[KMGT]?B$")] = "5GB"
 
 
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """What is measured of the dense model and of the result, each from disk: the options of the verb `eval`."""
 
     perplexity: str | None = "default"
@@ -193,7 +56,7 @@ class Evaluation(_Strict):
     batch_size: Annotated[int, Field(gt=0)] = 8
 
 
-class Gate(_Strict):
+class Gate(Strict):
     """What may be lost at most, by task or measure; one number is the bound of `all` (see `compare`)."""
 
     max_drop: Annotated[dict[str, Drop], Field(min_length=1)]
@@ -205,7 +68,7 @@ class Gate(_Strict):
         return {"all": value} if isinstance(value, int | float) else value
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole run, every default written out."""
 
     description: str = ""
@@ -235,7 +98,7 @@ class Recipe(_Strict):
     def sha256(self) -> str:
         """A hash of what is done, whatever its spelling; a key that a new version adds changes none by its default."""
         said = self.model_dump(mode="json", exclude={"description", "steps"}, exclude_defaults=True)
-        said["steps"] = [{"step": step.step} | _beyond_defaults(step) for step in self.steps]
+        said["steps"] = [{"step": step.step} | beyond_defaults(step) for step in self.steps]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def portable(self, model: str) -> "Recipe":
@@ -243,26 +106,6 @@ class Recipe(_Strict):
         text = self.calibrate.text
         name = Path(text).name if text is not None and Path(text).exists() else text
         return self.model_copy(update={"model": model, "calibrate": self.calibrate.model_copy(update={"text": name})})
-
-
-def usual_scope(method: str, module: str) -> Scope:
-    """Where scores compete unless a step says otherwise."""
-    # the rows of a head are words, and none of them may go for another
-    return "row" if module == "lm_head" and method == "wanda" else "tensor"
-
-
-def _beyond_defaults(step: Step) -> dict[str, Any]:
-    """What a step says that is not usual, be it written out or left out."""
-    said = step.model_dump(mode="json", exclude_defaults=True)
-    if isinstance(step, Cut):
-        return said | {"method": step.criterion}
-    scope = said.pop("scope", None)
-    if isinstance(scope, dict):
-        scope = {module: each for module, each in scope.items() if each != usual_scope(step.method, module)}
-    elif scope is not None:
-        named = {*step.include, *step.modules} - {*step.exclude} | {"in_proj"}
-        scope = None if all(usual_scope(step.method, module) == scope for module in named) else scope
-    return said | ({"scope": scope} if scope else {})
 
 
 class PruneOptions(TypedDict, total=False):
@@ -278,6 +121,7 @@ class PruneOptions(TypedDict, total=False):
     axis: str | None
     keep: float | None
     target: str | None
+    correct: str | None
     any_size: bool
     calib: str | None
     calib_split: str | None
@@ -292,6 +136,7 @@ class PruneOptions(TypedDict, total=False):
 
 
 CALIBRATION = {"calib": "text", "calib_split": "split", "calib_column": "column", "calib_mix": "mix"}
+OPTIONS = {field: option for option, field in CALIBRATION.items()}
 
 
 def pruning(model: str, options: PruneOptions) -> Recipe:
@@ -315,18 +160,42 @@ def pruning(model: str, options: PruneOptions) -> Recipe:
             calibrate[CALIBRATION.get(name, name)] = value
         else:
             rest[name] = value
-    return recipe(model=model, calibrate=calibrate, steps=[step], **rest)
+    return _validated({"model": model, "calibrate": calibrate, "steps": [step]} | rest, _option)
 
 
 def recipe(**fields: Any) -> Recipe:
     """A recipe from plain values; RecipeError tells every mistake at once."""
+    return _validated(fields, _key)
+
+
+def _validated(fields: dict[str, Any], name: Callable[[Sequence[int | str]], str]) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        raise RecipeError("; ".join(sentence(item) for item in error.errors()) + ".") from None
+        raise RecipeError(
+            "; ".join(sentence(item, name(where_in(item["loc"]))) for item in error.errors()) + "."
+        ) from None
 
 
-SECTIONS: dict[str, type[_Strict]] = {
+def _key(loc: Sequence[int | str]) -> str:
+    """What a recipe calls a place in it."""
+    return ".".join(map(str, loc)) or "the recipe"
+
+
+def _option(loc: Sequence[int | str]) -> str:
+    """What the command line calls a place in the recipe of one step; nothing where several options clash."""
+    section, *parts = map(str, loc)
+    if section == "calibrate":
+        parts = [OPTIONS.get(parts[0], parts[0])]
+    elif section == "steps":
+        parts = parts[1:]
+    else:
+        parts = [section]
+    plain = not parts or parts[0] in ("model", "modules")  # the latter is given in Python only
+    return ".".join(parts) if plain else "--" + parts[0].replace("_", "-")
+
+
+SECTIONS: dict[str, type[Strict]] = {
     "calibrate": Calibration,
     "steps": Prune,
     "save": Save,
@@ -335,28 +204,23 @@ SECTIONS: dict[str, type[_Strict]] = {
 }
 
 
-def place(loc: Sequence[int | str]) -> tuple[int | str, ...]:
+def where_in(loc: Sequence[int | str]) -> tuple[int | str, ...]:
     """Where a mistake is, without the name of the kind of step that pydantic puts behind its number."""
     return (*loc[:2], *loc[3:]) if loc[:1] == ("steps",) and len(loc) > 2 else tuple(loc)
 
 
-def step_kind(step: Any) -> type[Prune] | type[Cut]:
-    """Which step a mapping describes: one with an axis removes units, another zeroes weights."""
-    return Cut if _kind(step) == "cut" else Prune
-
-
-def sentence(item: Any) -> str:
-    """One of pydantic's errors in a sentence: where, what is wrong, what was found."""
+def sentence(item: Any, where: str | None = None) -> str:
+    """One of pydantic's errors in a sentence: where (its key, unless told), what is wrong, what was found."""
     kind = Cut if item["loc"][2:3] == ("cut",) else Prune
-    loc = [str(part) for part in place(item["loc"])]
-    where = ".".join(loc) or "the recipe"
+    loc = [str(part) for part in where_in(item["loc"])]
+    where = _key(loc) if where is None else where
     if item["type"] == "missing":
         return f"{where}: is missing"
     if item["type"] == "extra_forbidden":
         sections = [kind if part == "steps" else SECTIONS[part] for part in loc[:-1] if part in SECTIONS]
         near = get_close_matches(loc[-1], (sections or [Recipe])[-1].model_fields, n=1)
         return f"{where}: there is no such key" + (f", did you mean {near[0]!r}?" if near else "")
-    said = f"{where}: {item['msg'].removeprefix('Value error, ')}"
+    said = (f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ")
     if item["type"] == "literal_error":
         near = get_close_matches(str(item["input"]), re.findall(r"'([^']*)'", item["msg"]), n=1)
         return f"{said}, found {item['input']!r}" + (f", did you mean {near[0]!r}?" if near else "")

@@ -1,5 +1,6 @@
 """Recipe files: those that are shipped, a user's own, overrides, and mistakes told with their lines."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from ssmcompress.errors import InputError, RecipeError, ResourceError
 from ssmcompress.events import Emit, Finished, Output, Table, ignore
-from ssmcompress.recipe import SECTIONS, Cut, Recipe, place, sentence, step_kind
+from ssmcompress.paths import expanded
+from ssmcompress.recipe import SECTIONS, Recipe, sentence, where_in
+from ssmcompress.steps import Cut, step_kind
 
 
 def shipped() -> dict[str, Path]:
@@ -41,7 +44,7 @@ def cat(name: str, *, emit: Emit = ignore) -> str:
 def cp(name: str, to: str | Path, *, emit: Emit = ignore) -> Path:
     """Copies a recipe, to be changed; InputError where the file exists already."""
     text = _text(_find(name))
-    target = Path(to).expanduser()
+    target = expanded(to)
     if target.is_dir():
         target = target / f"{Path(name).name.removesuffix('.yaml')}.yaml"
     try:
@@ -50,7 +53,10 @@ def cp(name: str, to: str | Path, *, emit: Emit = ignore) -> Path:
     except FileExistsError:
         raise InputError(f"{target} exists already.", hint="Choose another name.") from None
     except OSError as error:
-        raise ResourceError(f"{target} cannot be written: {error.strerror}.", hint="Is the folder there?") from error
+        with contextlib.suppress(OSError):
+            target.unlink()
+        hint = "Is there room and permission?" if target.parent.is_dir() else "Is the folder there?"
+        raise ResourceError(f"{target} cannot be written: {error.strerror}.", hint=hint) from error
     emit(Finished(str(target)))
     return target
 
@@ -72,12 +78,15 @@ def parse(text: str, name: str = "the recipe", overrides: Sequence[str] = ()) ->
         raise RecipeError(f"{name} is not YAML: {error}.") from None
     if not isinstance(fields, dict) or not isinstance(tree, yaml.MappingNode):
         raise RecipeError(f"{name} is not a mapping.", hint="It starts with `model:` and `steps:`.")
-    for assignment in overrides:
-        _override(fields, assignment)
+    changed = [_override(fields, assignment) for assignment in overrides]
+    for place, key, value in changed:
+        for rival in _rivals(key, value):
+            if isinstance(place, dict) and not any(each is place and rival == other for each, other, _ in changed):
+                place.pop(rival, None)
     try:
         made = Recipe.model_validate(fields)
     except ValidationError as error:
-        found = [f"line {_line(tree, place(item['loc']))}: {sentence(item)}" for item in error.errors()]
+        found = [f"line {_line(tree, where_in(item['loc']))}: {sentence(item)}" for item in error.errors()]
         raise RecipeError(f"{name} is not valid.\n" + "\n".join(twice + found)) from None
     if twice:
         raise RecipeError(f"{name} is not valid.\n" + "\n".join(twice))
@@ -85,7 +94,7 @@ def parse(text: str, name: str = "the recipe", overrides: Sequence[str] = ()) ->
 
 
 def _find(name: str) -> Path:
-    path = shipped().get(name, Path(name).expanduser())
+    path = shipped().get(name, expanded(name))
     if path.is_file():
         return path
     near = get_close_matches(name, shipped(), n=1)
@@ -102,7 +111,19 @@ def _text(path: Path) -> str:
         raise ResourceError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _override(fields: dict[str, Any], assignment: str) -> None:
+def _rivals(key: str, value: Any) -> tuple[str, ...]:
+    """What a recipe says of a step that has no meaning once this is said of it."""
+    if value is None:
+        return ()
+    if (key, value) == ("method", "sparsegpt"):
+        return ("scope",)
+    return {"pattern": ("sparsity", "scope"), "sparsity": ("pattern",), "keep": ("target",), "target": ("keep",)}.get(
+        key, ()
+    )
+
+
+def _override(fields: dict[str, Any], assignment: str) -> tuple[Any, str, Any]:
+    """Changes the fields; returns the place, its key and the new value."""
     key, equals, value = assignment.partition("=")
     if not equals:
         raise RecipeError(f"{assignment!r} is not key=value.", hint="For example: sparsity=0.6")
@@ -113,13 +134,17 @@ def _override(fields: dict[str, Any], assignment: str) -> None:
             if isinstance(place, dict) and place.get(part) is None:
                 place[part] = {}
             place = place[int(part) if isinstance(place, list) else part]
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+        found = yaml.safe_load(value)
+        if isinstance(found, int) and ":" in value:  # 2:4, which YAML 1.1 reads as two minutes and four seconds
+            found = value
+        place[int(last) if isinstance(place, list) else last] = found
     except (KeyError, IndexError, ValueError, TypeError):
         raise RecipeError(
             f"The recipe has no place {key!r}.", hint="Steps are counted from 0: steps.0.sparsity"
         ) from None
     except yaml.YAMLError:
         raise RecipeError(f"The value of {assignment!r} is not YAML.") from None
+    return place, last, found
 
 
 def _path(fields: Mapping[str, Any], key: str) -> list[str]:

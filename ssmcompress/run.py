@@ -20,8 +20,8 @@ from ssmcompress.calib import data
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.output import output, write
-from ssmcompress.checkpoint.shards import Shards
-from ssmcompress.checkpoint.source import Checkpoint, Source, headers, load, resolve
+from ssmcompress.checkpoint.shards import Shards, require_space
+from ssmcompress.checkpoint.source import Checkpoint, Source, headers, load, require_embedded, resolve
 from ssmcompress.checkpoint.verify import Verification, require_finite, verify
 from ssmcompress.edits import Edit, Replace
 from ssmcompress.errors import InputError, UnsupportedError
@@ -30,13 +30,15 @@ from ssmcompress.events import Emit, Finished, JsonLines, Note, fan, ignore
 from ssmcompress.journal import Journal
 from ssmcompress.measure import exercises
 from ssmcompress.measure.glance import Glance, glance, tell_change
-from ssmcompress.plan import coverage, forecast, tell_coverage
+from ssmcompress.paths import expanded
+from ssmcompress.plan import coverage, forecast, tell_coverage, tell_size
 from ssmcompress.prune.apply import find_edits
 from ssmcompress.prune.cut import cut
 from ssmcompress.prune.sizes import weigh
 from ssmcompress.prune.targets import written_out
-from ssmcompress.recipe import Cut, PruneOptions, Recipe, pruning
+from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import parse, read
+from ssmcompress.steps import Cut
 
 EDITS, EVENTS = "edits.safetensors", "events.jsonl"
 EXERCISE_TOKENS = 30  # of the shorter ones on average
@@ -92,7 +94,7 @@ def run(
     if recipe.eval is None or no_eval:
         return _compress(recipe, out, overwrite=overwrite, measure=not no_eval, emit=emit)
     foresee(recipe)
-    folder = Path(out).expanduser()
+    folder = expanded(out)
     if not overwrite and left_to_assess(recipe, folder):
         emit(Note(f"{out} is there already: only what is left of its evaluation is done."))
         result = Result(folder, editing.load(folder / EDITS).items, None, None)
@@ -110,6 +112,7 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
     origin = manifest.describe(source)
     told, key = written_out(arch, recipe.portable(source.label)), _key(recipe, origin, measure)
     with output(out, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
+        require_space(folder, sum(tensor.nbytes for tensor in Shards(source.folder).meta().values()))
         journal = Journal(folder, EVENTS)
         with journal.kept(), JsonLines(folder / EVENTS) as lines:
             tell = fan(emit, lines)
@@ -120,10 +123,12 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
             calibration = record.described(windows)
             editing.save(found, folder / EDITS, _said(told, checkpoint, found, calibration))
             zeros, verification = _write(checkpoint, edited, found, folder, recipe)
-            after = _look(_reload(folder, recipe), recipe, tell) if measure else None
+            after = _look(_reload(folder, recipe), recipe, tell) if before is not None else None
             if before is not None and after is not None:
                 tell_change(before, after, tell)
             tensors = coverage(checkpoint.arch, checkpoint.stored, found, recipe.steps, zeros)
+            if (sizes := record.shape(checkpoint.arch, checkpoint.stored, found)) is not None:
+                tell_size(sizes.before, sizes.after, tell)
             tell_coverage(tensors, tell)
         made: dict[str, Any] = {"calibration": calibration, "verification": verification}
         made |= {"source": origin, "edits": found, "tensors": tensors}
@@ -209,12 +214,12 @@ def _load(source: Source, recipe: Recipe, tell: Emit) -> Checkpoint:
     checkpoint = load(source, dtype=dtype, device=recipe.device, backend=recipe.backend)
     require_finite(checkpoint)
     stored = checkpoint.stored.dtype(EMBEDDING["hf"])
-    if any(step.method == "sparsegpt" for step in recipe.steps) and not _holds(checkpoint.model.dtype, stored):
+    if any(step.new_values for step in recipe.steps) and not _holds(checkpoint.model.dtype, stored):
         raise UnsupportedError(
-            f"SparseGPT computes new values: in {checkpoint.model.dtype} they are coarser than the stored {stored}.",
+            f"New values computed in {checkpoint.model.dtype} are coarser than the stored {stored}.",
             hint="Leave out --dtype."
             if recipe.dtype != "auto"
-            else "Prune with --method wanda, which sets no new values.",
+            else "Prune by wanda, or without a correction: neither sets new values.",
         )
     tell(
         Note("Kernels: " + ", ".join(f"{kernel} {name}" for kernel, name in record.backends(checkpoint).items()) + ".")
@@ -232,10 +237,13 @@ def _reload(folder: Path, recipe: Recipe) -> Checkpoint:
 
 
 def _look(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> Glance | None:
-    if checkpoint.tokenizer is None:
-        tell(Note("Without a tokenizer nothing is measured.", "warning"))
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None or tokenizer.eos_token_id is None:  # what every window and probe begins with
+        lacking = "a tokenizer" if tokenizer is None else "an end-of-text token in the tokenizer"
+        tell(Note(f"Without {lacking} nothing is measured.", "warning"))
         return None
-    return glance(checkpoint.model, checkpoint.tokenizer, recipe.seed, tell)
+    require_embedded(checkpoint)
+    return glance(checkpoint.model, tokenizer, recipe.seed, tell)
 
 
 def _edit(
@@ -252,12 +260,12 @@ def _edit(
         surgery, layers = Surgery(checkpoint.arch, found), journal.step(i)
         if layers:
             tell(Note(f"Going on from an earlier run: {len(layers)} of {edited.arch.layers} layers are done."))
-        made: Sequence[Edit]
+        dtypes = {new: stored.dtype(old) for new, old in surgery.names(stored).items()}
         if isinstance(step, Cut):
-            made = cut(edited.model, edited.arch, step, weigh(stored).after(surgery), ids, recipe.seed, tell, layers)
-            edited = _smaller(edited, made)
+            left = weigh(stored).after(surgery)
+            made = cut(edited.model, edited.arch, step, left, ids, dtypes, recipe.seed, tell, layers)
+            edited = _edited(edited, made)
         else:
-            dtypes = {new: stored.dtype(old) for new, old in surgery.names(stored).items()}
             made = find_edits(edited.model, edited.arch, step, ids, dtypes, tell, layers)
         found = editing.compose(found, [surgery.lift(edit, shapes) for edit in made])
     return found, edited
@@ -265,12 +273,7 @@ def _edit(
 
 def _edited(checkpoint: Checkpoint, found: Sequence[Edit]) -> Checkpoint:
     """What edits make of a checkpoint in memory, which is used up."""
-    with torch.no_grad():
-        editing.apply(found, dict(checkpoint.model.named_parameters()))
-    return _smaller(checkpoint, found)
-
-
-def _smaller(checkpoint: Checkpoint, found: Sequence[Edit]) -> Checkpoint:
+    editing.apply(found, dict(checkpoint.model.named_parameters()))
     if not editing.kept_units(found):
         return checkpoint
     surgery = Surgery(checkpoint.arch, found)
@@ -288,6 +291,7 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> data.Win
             f"{checkpoint.source.name} has no tokenizer, so there is no calibration.",
             hint="Put its tokenizer files into the folder, or use --method magnitude.",
         )
+    require_embedded(checkpoint)
     share = MIX_SHARE if wanted.mix else 0.0
     count = int(share * wanted.windows * wanted.length / EXERCISE_TOKENS) + 1
     extra = exercises.exercise_documents(tokenizer, count, seed) if share else ()

@@ -11,7 +11,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 from ssmcompress.arch.base import Arch
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.prune.apply import find_edits
-from ssmcompress.recipe import Prune
+from ssmcompress.steps import Prune
 
 STOCK = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
 RIVALS = {"mamba": ("stock",), "mamba2": ("stock", "stock, chunk 64")}

@@ -153,8 +153,8 @@ def card(family: str, record: dict) -> str:
 
 
 def _text_row(name: str, score: dict) -> str:
-    low, high = score["bits_per_byte_interval"]
-    interval = f" ({low:.3f} to {high:.3f})" if score["documents"] > 1 else ""
+    held = score["bits_per_byte_interval"] if score["documents"] > 1 else None
+    interval = f" ({held[0]:.3f} to {held[1]:.3f})" if held else ""
     title = name.rsplit("_", 1)[0].replace("-", " ") + ", whole" if name in HELD_OUT_NOVELS else f"shipped `{name}`"
     return f"| {title} | {score['bits_per_byte']:.3f}{interval} | {score['perplexity']:.2f} |"
 

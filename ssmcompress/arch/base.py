@@ -193,7 +193,8 @@ class Mixer(nn.Module):
     A_log: nn.Parameter
     D: nn.Parameter
     backend: kernels.Backend = kernels.AUTO
-    taps: Taps | None = None  # called with (module, its input) before each prunable module, and with ("scan", Scan)
+    taps: Taps | None = None  # called with (module, its input) before each prunable module and a gated norm, and
+    # with ("scan", Scan)
     offset: Offset | None = None  # C → what to add to the scan's output before the gate
     initial_state: Tensor | None = None  # the state before the first token, broadcast over the batch
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.models.mamba2 import modeling_mamba2 as stock
@@ -32,6 +33,8 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
         self.tap("conv1d", xBC)
         xBC = silence(self.convolve(xBC, left, cache_params, mask), mask)
         y = self._scan(xBC, hold(dt, mask), state, cache_params)
+        if self.taps is not None:
+            self.tap("norm", y * F.silu(z))
         y = self.norm(y, z)
         self.tap("out_proj", y)
         return self.out_proj(y)

@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ssmcompress.errors import InputError, ResourceError
+from ssmcompress.paths import expanded
 
 SHIPPED = "calibration.jsonl"
 LINES = frozenset({".jsonl", ".ndjson", ".json"})
@@ -90,7 +91,7 @@ def documents(
     Files may be gzipped; column is "text" unless given, split "train"; a data set is read for `limit` characters.
     Raises InputError for what is missing, malformed or holds no text, ResourceError where the hub cannot be reached.
     """
-    path = shipped(SHIPPED) if source is None else Path(source).expanduser()
+    path = shipped(SHIPPED) if source is None else expanded(source)
     if path.is_file():
         if split is not None:
             raise InputError(

@@ -1,4 +1,4 @@
-"""What calibration remembers of a scan: how large its states are, how they are read, and both at once."""
+"""What calibration remembers of a scan: how large its states are, how they are read, and how that goes by time."""
 
 from typing import Any, Self
 
@@ -44,6 +44,31 @@ class States(Moment):
             energy = state.square().sum(2).unflatten(1, (read.shape[2], -1)).sum(2).double()  # [B, G, N]
             self.total += torch.stack([energy.sum(0), read[:, t].sum(0), (energy * read[:, t]).sum(0)])
         self.count += read.shape[0] * read.shape[1]
+
+    def _accumulate(self, rows: Tensor) -> None:
+        raise NotImplementedError("states are counted by scans")
+
+
+class StatesInTime(Moment):
+    """Σ over windows and channels of A_log² h² before each token, float64 [tokens, states] (SparseSSM, thm. 1)."""
+
+    def __init__(self, length: int, size: int) -> None:
+        super().__init__(size, (length, size), torch.float64)
+
+    @classmethod
+    def of(cls, x: Any) -> Self:
+        """An empty one for such a scan."""
+        return cls(x.C.shape[1], x.C.shape[3])
+
+    def add(self, x: Any, mask: Tensor | None = None) -> None:
+        """Takes in a scan of whole windows, all of one length; what the last token leaves is read by none."""
+        scan: Scan = x
+        weight = scan.A.neg().log().square()[None, :, None]
+        self.total = self.total.to(weight.device)
+        for t, state in enumerate(scan.states(), start=1):
+            if t < len(self.total):
+                self.total[t] += (weight * state.square()).sum((0, 1, 2)).double()
+        self.count += scan.C.shape[0] * scan.C.shape[1]
 
     def _accumulate(self, rows: Tensor) -> None:
         raise NotImplementedError("states are counted by scans")

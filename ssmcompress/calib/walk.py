@@ -4,7 +4,7 @@ The residual stream is kept in float32 and passed on, so that every block sees w
 """
 
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from ssmcompress.calib.taps import observe
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.events import Emit, LayerDone, ignore
 
-EditBlock = Callable[[int, nn.Module, Mapping[str, Moment]], tuple[nn.Module, float | None]]
+EditBlock = Callable[[int, nn.Module, Mapping[str, Moment], Sequence[Tensor]], tuple[nn.Module, float | None]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Walk:
     def run(self, model: nn.Module, arch: Arch, windows: Tensor, emit: Emit = ignore) -> list[Tensor]:
         """Walks windows [n, L] of token ids through the model; `edit` gives the block to go on with, and what it kept.
 
+        It is told the layer, the block, the statistics of its modules, and the residual stream [b, L, d] that enters.
+
         Returns the residual stream after the last block, in batches [b, L, d].
 
         Raises UnsupportedError where a module's tap never fired: pruning blindly would be worse than not pruning.
@@ -42,7 +44,7 @@ class Walk:
         for layer, block in enumerate(arch.blocks(model)):
             started = time.perf_counter()
             statistics, dense = ({}, None) if layer in self.known else self._observe(layer, block, hidden)
-            edited, kept = self.edit(layer, block, statistics)
+            edited, kept = self.edit(layer, block, statistics, hidden)
             for i, rows in enumerate(hidden):
                 hidden[i] = edited(rows)
             error = None if dense is None else float((hidden[0] - dense).norm() / dense.norm())

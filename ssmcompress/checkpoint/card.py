@@ -85,7 +85,7 @@ def coverage(tensors: Sequence[TensorRecord]) -> list[tuple[str, str, str, str]]
 
 
 def _front_matter(manifest: Manifest, license: str | None, *, stock: bool) -> str:
-    pruned = any(tensor.status == "pruned" for tensor in manifest.tensors)
+    pruned = manifest.shape is not None or any(tensor.status == "pruned" for tensor in manifest.tensors)
     tags = ["ssmcompress", "state-space-model", "mamba", *(["pruned"] if pruned else [])]
     fields = ModelCardData(
         base_model=manifest.source.name.partition("@")[0] if manifest.source.revision else None,

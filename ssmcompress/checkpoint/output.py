@@ -18,6 +18,7 @@ from ssmcompress.checkpoint import shards
 from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
 from ssmcompress.errors import InputError, ResourceError, SsmcompressError
+from ssmcompress.paths import expanded
 
 # with a schema_version, one of them marks a folder as an output
 OURS = ("ssmcompress.json", "summary.json", "comparison.json")
@@ -61,12 +62,12 @@ def output(
     recipe hash finds it as it was left. Raises InputError where DIR exists and may not be replaced, ResourceError for
     a second writer, a full disk or no permission.
     """
-    final = Path(folder).expanduser().resolve()
+    final = expanded(folder).resolve()
     if final == final.parent or any(parent.exists() and not parent.is_dir() for parent in final.parents):
         raise InputError(f"{folder} cannot be a folder of its own.", hint="Choose another --out.")
     partial, aside = final.with_name(final.name + ".partial"), final.with_name(final.name + ".replaced")
     with _lacking(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        _make(final.parent)
         with _lock(final):
             if aside.exists():  # a run was killed between its last two renames
                 _require_ours(aside)
@@ -144,6 +145,8 @@ def _lock(final: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
+        if not path.exists():  # the lock takes a folder that refuses new files for a busy one
+            raise ResourceError(f"{final.parent} takes no new files.", hint="Choose another --out.") from error
         raise ResourceError(
             f"Another run is writing {final}.", hint="Wait for it to end, or choose another --out."
         ) from error
@@ -164,9 +167,17 @@ def _lacking(final: Path) -> Iterator[None]:
         if error.errno not in LACKING:
             raise
         raise ResourceError(
-            f"Cannot write {error.filename or final}: {LACKING[error.errno]}.",
+            # of a copy the second name is the one that is written
+            f"Cannot write {error.filename2 or error.filename or final}: {LACKING[error.errno]}.",
             hint="Make room, or choose another folder with --out.",
         ) from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise ResourceError(f"The folder {folder} cannot be made.", hint="Choose another --out.") from error
 
 
 def _permit(final: Path, overwrite: bool, source: Source | None) -> None:

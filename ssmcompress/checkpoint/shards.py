@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssmcompress.errors import InputError, ResourceError, UnsupportedError
+from ssmcompress.events import size
 
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -147,7 +148,7 @@ def require_space(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if need > free:
         raise ResourceError(
-            f"{need / 1e9:.2f} GB of weights do not fit on the disk of {folder}: {free / 1e9:.2f} GB are free.",
+            f"{size(need)} of weights do not fit on the disk of {folder}: {size(free)} are free.",
             hint="Free some space or choose another --out.",
         )
 

@@ -1,8 +1,9 @@
 """A model by name, brought into memory: `ref:NAME`, a hub id with its revision, or a folder of either layout."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 
 from ssmcompress import kernels, reference
 from ssmcompress.arch.base import Arch, use_backend
@@ -24,6 +26,7 @@ from ssmcompress.arch.registry import arch_for, family
 from ssmcompress.checkpoint import hub, layout
 from ssmcompress.checkpoint.shards import Shards, read_json
 from ssmcompress.errors import InputError, UnsupportedError
+from ssmcompress.paths import expanded
 
 Layout = Literal["hf", "mamba_ssm"]
 LAYER = re.compile(r"backbone\.layers\.(\d+)\.")
@@ -68,6 +71,12 @@ class Source:
         for key in SIZES:
             if getattr(config, key, 1) < 1:
                 raise InputError(f"{path} gives {key} as {getattr(config, key)}; expected at least 1.")
+        if config.hidden_act not in ACT2FN:
+            near = get_close_matches(str(config.hidden_act), ACT2FN, n=1)
+            raise InputError(
+                f"{path} gives hidden_act as {config.hidden_act!r}, an activation there is not.",
+                hint=f"Did you mean {near[0]!r}?" if near else "Mamba's is 'silu'.",
+            )
         config.rescale_prenorm_residual = False
         vars(config).pop("auto_map", None)  # code beside a checkpoint is never run, and never passed on
         return config
@@ -100,7 +109,7 @@ def resolve(model: str) -> Source:
     """Finds a model, fetching it where it lies on the hub: InputError, or ResourceError when it cannot be fetched."""
     if model.startswith("ref:"):
         return _source(model, reference.folder(model.removeprefix("ref:")))
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if folder.is_dir():
         return _source(model, folder)
     if folder.exists():
@@ -153,6 +162,20 @@ def headers(source: Source) -> tuple[Arch, Shards]:
     arch = arch_for(source.config())
     _check_layers(weights, arch.layers)
     return arch, _match(weights, arch.build("meta"))
+
+
+def require_embedded(checkpoint: Checkpoint, ids: Iterable[int] = ()) -> None:
+    """InputError where ids, or those that the tokenizer gives to plain text, have no row in the embedding."""
+    tokenizer, rows = checkpoint.tokenizer, checkpoint.model.config.vocab_size
+    assert tokenizer is not None
+    plain = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
+    largest = max(plain | ends | {*ids}, default=0)
+    if largest >= rows:
+        raise InputError(
+            f"The tokenizer of {checkpoint.source.name} gives the token {largest}; the model knows {rows}, from 0 on.",
+            hint="It is the tokenizer of another model: put the right one's files into the folder.",
+        )
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:

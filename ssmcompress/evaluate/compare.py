@@ -36,7 +36,7 @@ class Samples:
 
     @property
     def exponential(self) -> bool:
-        """Whether the figure is exp(Σ values / Σ weights): a perplexity, told by its name where by nothing else."""
+        """Whether the figure is shown as exp(Σ values / Σ weights): a perplexity, by its name where nothing tells."""
         named = self.measure.partition(",")[0].endswith("perplexity")
         return self.kind == "log_likelihood" and (named if self.perplexity is None else self.perplexity)
 

@@ -15,7 +15,7 @@ import torch
 from ssmcompress.arch.base import mixers
 from ssmcompress.checkpoint.manifest import describe, versions
 from ssmcompress.checkpoint.output import output
-from ssmcompress.checkpoint.source import Checkpoint, load, resolve
+from ssmcompress.checkpoint.source import Checkpoint, load, require_embedded, resolve
 from ssmcompress.errors import BackendError, InputError
 from ssmcompress.evaluate import speed as timing
 from ssmcompress.evaluate import suites
@@ -277,20 +277,20 @@ def require_seed(seed: int) -> None:
 
 
 def required_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; InputError where it has none."""
+    """The checkpoint's tokenizer; InputError where it has none, or one of another model."""
     if checkpoint.tokenizer is None:
         raise InputError(
             f"{checkpoint.source.name} has no tokenizer, so no text can be read to it.",
             hint="Put its tokenizer.json and tokenizer_config.json into the folder.",
         )
+    require_embedded(checkpoint)
     return checkpoint.tokenizer
 
 
 def tell_perplexity(found: Perplexity, emit: Emit) -> None:
     """The figures of a text as events."""
-    known = len(found.documents) > 1  # one document has no interval
-    emit(Metric("bits per byte", found.bits_per_byte, *(found.bits_per_byte_interval if known else ())))
-    emit(Metric("token perplexity", found.perplexity, *(found.perplexity_interval if known else ())))
+    emit(Metric("bits per byte", found.bits_per_byte, *(found.bits_per_byte_interval or ())))
+    emit(Metric("token perplexity", found.perplexity, *(found.perplexity_interval or ())))
 
 
 def tell_recall(found: list[probes.Recall], emit: Emit) -> None:
@@ -299,7 +299,7 @@ def tell_recall(found: list[probes.Recall], emit: Emit) -> None:
         (
             probe.probe,
             str(probe.load),
-            f"{probe.accuracy:.3f} ± {probe.standard_error:.3f}",
+            "{:.3f} [{:.3f}, {:.3f}]".format(probe.accuracy, *probe.interval),
             f"{probe.chance:.3f}",
             f"{probe.log_probability:.2f}",
             "" if probe.measurable else "not measurable",
@@ -317,10 +317,16 @@ def tell_tasks(found: Sequence[TaskScore], emit: Emit) -> None:
         (
             each.task,
             each.metric if each.filter == "none" else f"{each.metric} ({each.filter})",
-            number(each.value) + ("" if each.standard_error is None else f" ± {number(each.standard_error)}"),
+            number(each.value) + _spread(each),
             str(each.samples),
             "" if each.measurable else "not measurable",
         )
         for each in found
     )
     emit(Table("tasks", ("task", "metric", "value", "samples", "note"), rows))
+
+
+def _spread(score: TaskScore) -> str:
+    if score.interval is not None:
+        return " [{:.3f}, {:.3f}]".format(*score.interval)
+    return "" if score.standard_error is None else f" ± {number(score.standard_error)}"

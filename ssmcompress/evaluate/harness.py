@@ -29,6 +29,7 @@ from ssmcompress.evaluate.hush import quiet
 from ssmcompress.evaluate.scores import Scored, scored
 from ssmcompress.evaluate.suites import TASKS, Entry, shipped
 from ssmcompress.events import Advance, Emit, Phase
+from ssmcompress.paths import expanded
 
 CODE = (".yaml", ".yml", ".py")
 BOOTSTRAP = 1000  # resamples of lm-eval's own standard errors, where a metric has no closed form
@@ -40,7 +41,7 @@ class Harness:
     def __init__(self, names: Sequence[str], include_path: str | Path | None = None) -> None:
         folders = [shipped(TASKS)]
         if include_path is not None:
-            folders.append(Path(include_path).expanduser())
+            folders.append(expanded(include_path))
             if not folders[-1].is_dir():
                 raise InputError(f"There is no folder {include_path}.", hint="--include-path holds task YAML files.")
         self._paths = [str(folder) for folder in folders]

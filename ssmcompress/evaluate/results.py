@@ -17,6 +17,7 @@ from ssmcompress.checkpoint.manifest import read as read_manifest
 from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate.compare import Kind, Samples
+from ssmcompress.measure.interval import accuracy_interval
 from ssmcompress.measure.perplexity import DocumentScore, Perplexity
 from ssmcompress.measure.recall import Recall
 
@@ -45,6 +46,17 @@ class TaskScore(BaseModel):
     limit: int | None = None
     chance: float | None = None
     measurable: bool = True
+
+    @property
+    def share(self) -> bool:
+        """Whether the figure is a share of right answers."""
+        return self.metric.startswith(("acc", "exact_match", "em")) and 0 <= self.value <= 1
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of a share of right answers; None for other figures, or without a standard error."""
+        error = self.standard_error
+        return accuracy_interval(self.value, error, self.samples) if self.share and error is not None else None
 
     @property
     def measure(self) -> str:
@@ -110,15 +122,14 @@ class Summary(BaseModel):
         """The summary of what was measured."""
         weights = checkpoint.stored
         if likelihood is not None:
-            known = len(likelihood.documents) > 1  # one document has no interval
             fields |= {
                 "text": Path(text or "").name,
                 "text_sha256": _identity(likelihood),
                 "length": likelihood.length,
                 "bits_per_byte": likelihood.bits_per_byte,
-                "bits_per_byte_interval": likelihood.bits_per_byte_interval if known else None,
+                "bits_per_byte_interval": likelihood.bits_per_byte_interval,
                 "perplexity": likelihood.perplexity,
-                "perplexity_interval": likelihood.perplexity_interval if known else None,
+                "perplexity_interval": likelihood.perplexity_interval,
             }
         return cls(
             model=source.name,

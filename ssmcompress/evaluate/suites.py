@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ssmcompress.errors import InputError
+from ssmcompress.paths import expanded
 
 TASKS = "tasks"  # the folder of the shipped tasks, beside the suites
 
@@ -87,7 +88,7 @@ def read(name: str) -> Suite:
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise InputError(f"There is no suite {name!r}.", hint=f"{hint}Shipped are {', '.join(names())}.")
-    path = shipped(f"{name}.yaml") if name in names() else Path(name).expanduser()
+    path = shipped(f"{name}.yaml") if name in names() else expanded(name)
     hint = f"Shipped are {', '.join(names())}: see {shipped(TASKS).parent}."
     try:
         return Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

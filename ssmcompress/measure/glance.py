@@ -62,11 +62,12 @@ def tell_change(before: Glance, after: Glance, emit: Emit) -> None:
     ]
     for was, now in zip(before.memory, after.memory, strict=True):
         name = "copying 20 words" if was.probe == "copy" else "4 key-value pairs"
-        told = f"{now.accuracy - was.accuracy:+.1%}" if was.measurable else "not measurable"
+        told = f"{100 * (now.accuracy - was.accuracy):+.1f} points" if was.measurable else "not measurable"
         rows.append((name, _percent(was), _percent(now), told))
     emit(Table("before and after", ("", "before", "after", "change"), tuple(rows)))
     emit(Metric("change in bits per byte", change, low, high))
 
 
 def _percent(probe: recall.Recall) -> str:
-    return f"{probe.accuracy:.1%} ± {probe.standard_error:.1%}"
+    low, high = probe.interval
+    return f"{probe.accuracy:.1%} [{low:.1%}, {high:.1%}]"

@@ -29,12 +29,12 @@ class DocumentScore:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Bits per byte and token perplexity of a text; the intervals are 95 % bootstrap over documents."""
+    """Bits per byte and token perplexity of a text; intervals are 95 % bootstrap over documents, None for one."""
 
     bits_per_byte: float
-    bits_per_byte_interval: tuple[float, float]
+    bits_per_byte_interval: tuple[float, float] | None
     perplexity: float
-    perplexity_interval: tuple[float, float]
+    perplexity_interval: tuple[float, float] | None
     length: int
     documents: tuple[DocumentScore, ...]
 
@@ -92,7 +92,7 @@ def perplexity(
             nats[owner[i]] += loss
         emit(Advance(len(group)))
     if len(sizes) == 1:
-        emit(Note("There is one document only: there is no interval.", "warning"))
+        emit(Note("One document: no interval.", "warning"))
     scores = tuple(DocumentScore(float(n), *size) for n, size in zip(nats, sizes, strict=True))
     return summarise(scores, length, seed)
 
@@ -111,9 +111,9 @@ def summarise(documents: Sequence[DocumentScore], length: int, seed: int = 0) ->
     total = table.sum(0)
     return Perplexity(
         float(bits(total)),
-        _interval(bits(draws)),
+        _interval(bits(draws)) if len(table) > 1 else None,
         float(token_perplexity(total)),
-        _interval(token_perplexity(draws)),
+        _interval(token_perplexity(draws)) if len(table) > 1 else None,
         length,
         tuple(documents),
     )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ssmcompress.measure.exercises import Exercise, Vocabulary, copying, key_value
+from ssmcompress.measure.interval import accuracy_interval
 
 COPY_LENGTHS = (8, 12, 16, 20)
 PAIRS = (2, 4, 8)
@@ -38,6 +39,11 @@ class Recall:
     def measurable(self) -> bool:
         """Whether the accuracy is at least four standard errors above chance: below that no damage can be seen."""
         return self.accuracy >= self.chance + 4 * max(self.standard_error, math.sqrt(0.25 / self.items) / 8)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy."""
+        return accuracy_interval(self.accuracy, self.standard_error, self.items)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures and whether the level is measurable, without the items."""

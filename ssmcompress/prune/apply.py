@@ -1,7 +1,7 @@
 """A pruning step becomes edits: score each weight with what calibration saw, keep the best, go on to the next block."""
 
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ssmcompress.events import Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import masks, scores
 from ssmcompress.prune.sparsegpt import sparsegpt
 from ssmcompress.prune.targets import Target, targets
-from ssmcompress.recipe import Prune
+from ssmcompress.steps import Prune
 
 STATISTICS: dict[str, type[SquaredSum | Hessian]] = {"wanda": SquaredSum, "sparsegpt": Hessian}
 BLOCK = 128  # columns whose errors SparseGPT spreads before it goes on to the next ones
@@ -89,7 +89,9 @@ class _Pruner:
         size = sum(weight.numel() for weight in weights.values())
         return sum(int(weight.count_nonzero()) for weight in weights.values()) / size if weights else None
 
-    def walked(self, layer: int, block: nn.Module, statistics: Mapping[str, Moment]) -> tuple[nn.Module, float | None]:
+    def walked(
+        self, layer: int, block: nn.Module, statistics: Mapping[str, Moment], _hidden: Sequence[Tensor]
+    ) -> tuple[nn.Module, float | None]:
         """The block itself, pruned, and the share of its targets' entries that stays."""
         return block, self.block(layer, block, statistics)
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch
@@ -15,7 +15,7 @@ from ssmcompress.edits import Edit, Keep
 from ssmcompress.events import Emit, LayerDone, Note, Phase, ignore
 from ssmcompress.prune.scores import cosine_distance
 from ssmcompress.prune.sizes import best
-from ssmcompress.recipe import Cut
+from ssmcompress.steps import Cut
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def find_layers(
     seed: int = 0,
     emit: Emit = ignore,
     finished: MutableMapping[int, list[Edit]] | None = None,
-) -> list[Keep]:
+) -> list[Edit]:
     """The blocks that stay, `after` of them; windows [n, L] of token ids, which random does not need.
 
     What `finished` holds of a greedy search is not searched again.
@@ -86,12 +86,12 @@ def _shed(
 def likelihood(model: PreTrainedModel, arch: Arch, windows: Tensor, layers: Sequence[int]) -> float:
     """Nats a token that windows [n, L] cost a model of these blocks only."""
     blocks = arch.blocks(model)
-    head = cast(nn.Module, cast(Any, model).lm_head)
+    head = cast(Any, model).lm_head
     total = 0.0
     for ids in windows.split(1):
         hidden = model.get_input_embeddings()(ids).float()
         for layer in layers:
             hidden = blocks[layer](hidden)
-        logits = head(arch.final_norm(model)(hidden)).float()
+        logits = head(arch.final_norm(model)(hidden).to(head.weight.dtype)).float()
         total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
     return total / len(windows)

@@ -1,5 +1,6 @@
 """How much each weight matters. Pure tensors; scores are float32, higher matters more."""
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -40,3 +41,12 @@ def cosine_distance(before: Tensor, after: Tensor) -> Tensor:
 def per_unit(values: Tensor, units: Tensor) -> Tensor:
     """The sum of values [width] over the indices that each unit owns, units [units, indices] → [units]."""
     return values.double()[units].sum(1).float()
+
+
+def votes(saliency: Tensor, gone: int) -> Tensor:
+    """Minus the number of tokens at which each state is among the `gone` least salient, [tokens, N] → [N] (SparseSSM).
+
+    The first token, before which all states are zero, has no say.
+    """
+    least = saliency[1:].argsort(dim=1, stable=True)[:, :gone]
+    return -torch.bincount(least.flatten(), minlength=saliency.shape[1]).float()

@@ -12,13 +12,14 @@ from ssmcompress.arch.base import Arch
 from ssmcompress.arch.surgery import LAYER, Surgery
 from ssmcompress.edits import Keep
 from ssmcompress.errors import UnsupportedError
-from ssmcompress.recipe import Cut, budget
+from ssmcompress.steps import Cut, budget
 
 CHANNELS = 8  # the kernels read channels by so many
+APART = 0.1  # of all units: a share that no size comes nearer to is refused rather than rounded
 WHY = {
     "channel": f"the kernels read channels by {CHANNELS}",
-    "head_channel": f"the kernels read channels by {CHANNELS}",
-    "head": "every group keeps as many heads",
+    "head_channel": f"the kernels read channels by {CHANNELS}, and a stock config has them fill whole hidden sizes",
+    "head": "every group keeps as many heads, and a stock config has their channels fill whole hidden sizes",
     "state": "the scan pads the states of Mamba-2 to a power of two, and gains nothing between",
 }
 
@@ -103,7 +104,7 @@ def size(arch: Arch, step: Cut, weights: Weights) -> Size:
     if wanted == near:
         return Size(step.axis, before, near)
     free = len(sizes) == before
-    if keep > 1 or near == before or near >= 2 * wanted or (step.axis == "state" and not free):
+    if keep > 1 or near == before or wanted < 0.5 or abs(near - wanted) > max(1, APART * before):
         raise _impossible(step, before, wanted, sizes)
     why = "units are whole" if free else WHY[step.axis]
     return Size(step.axis, before, near, f"{near} of {before} {step.axis}s stay, not {wanted:g}: {why}.")
@@ -118,7 +119,15 @@ def possible(arch: Arch, step: Cut, before: int) -> list[int]:
         sizes = [each for each in sizes if each % CHANNELS == 0]
     elif not step.any_size and step.axis == "state" and "head" in arch.axes():
         sizes = [each for each in sizes if each.bit_count() == 1]
-    return [*sizes, before]
+    return [*(each for each in sizes if step.axis == LAYER or _expressible(arch, step.axis, each)), before]
+
+
+def _expressible(arch: Arch, axis: str, size: int) -> bool:
+    try:
+        arch.fields(arch.sizes[0] | {axis: size})
+    except UnsupportedError:
+        return False
+    return True
 
 
 def first(arch: Arch, axis: str, after: int) -> list[Keep]:

@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from ssmcompress.arch.base import Arch
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.prune.masks import parse_pattern
-from ssmcompress.recipe import Cut, Prune, Recipe, Step, usual_scope
+from ssmcompress.recipe import Recipe
+from ssmcompress.steps import Cut, Prune, Step, usual_scope
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def written_out(arch: Arch, recipe: Recipe) -> Recipe:
 
 def _written_out(arch: Arch, step: Step) -> Step:
     if isinstance(step, Cut):
-        return step.model_copy(update={"method": step.criterion})
+        return step.model_copy(update={"method": step.criterion, "correct": step.correction})
     if step.pattern or step.method == "sparsegpt" or isinstance(step.scope, str):
         return step
     scopes = {name: target.scope for name, target in targets(arch, step).items()} | (step.scope or {})

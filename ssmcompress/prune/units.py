@@ -1,7 +1,7 @@
 """Scores the units of an axis, block by block, and keeps the best of each layer."""
 
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,20 +11,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch, Axis, Slice, fill_buffers, mixers, use_backend
-from ssmcompress.arch.surgery import Surgery
-from ssmcompress.calib.states import States
+from ssmcompress.arch.surgery import Surgery, removed
+from ssmcompress.calib.states import States, StatesInTime
 from ssmcompress.calib.stats import Activity, Moment, Spread, SquaredSum
 from ssmcompress.calib.walk import Walk
-from ssmcompress.edits import Edit, Keep
-from ssmcompress.events import Emit, LayerDone, Phase, ignore
+from ssmcompress.edits import Edit, Keep, Replace
+from ssmcompress.events import Advance, Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import scores
+from ssmcompress.prune.correct import refitted, rescaled
 from ssmcompress.prune.sizes import best, first
-from ssmcompress.recipe import Cut
+from ssmcompress.steps import Cut
 
 Fisher = Mapping[str, Tensor]
 TAPS: dict[str, dict[str, type[Moment]]] = {  # what a method observes; the others know enough from the weights
     "joint": {"scan": States},
     "ghost": {"scan": States},
+    "sparsessm": {"scan": StatesInTime},
     "minitron": {"conv1d": Activity},
     "flap": {"out_proj": Spread},
     "wanda": {"dt_proj": SquaredSum},
@@ -38,45 +40,102 @@ def find_units(
     step: Cut,
     after: int,
     windows: Tensor | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     seed: int = 0,
     emit: Emit = ignore,
     finished: MutableMapping[int, list[Edit]] | None = None,
-) -> list[Keep]:
-    """The units of a block's axis that stay, `after` in every layer; windows [n, L] of token ids where the method asks.
+) -> list[Edit]:
+    """The units of a block's axis that stay, `after` in every layer, and the new values that make up for the others.
 
-    The model is left as it is; each block's inputs are those that the cut blocks before it make. Layers that are in
-    `finished` keep the units found there; the others are added to it.
+    The model is left as it is; each block takes in what the cut blocks before it make of windows [n, L] of token ids,
+    where the step needs them. Layers in `finished` keep what was found there; the others are added to it. New values
+    are rounded to the dtype that the checkpoint stores.
     """
-    axis = arch.axes()[step.axis]
-    finished = {} if finished is None else finished
+    fisher = {}
+    if step.criterion == "taylor" and windows is not None:
+        fisher = squared_gradients(model, windows, arch.axes()[step.axis], emit)
     emit(Phase(f"choosing {step.axis}s by {step.criterion}", arch.layers))
-    fisher = squared_gradients(model, windows, axis) if step.criterion == "taylor" and windows is not None else {}
-    groups = arch.config.n_groups if step.axis == "head" else 1
-    small = Surgery(arch, first(arch, step.axis, after)).arch.build("meta")
-    use_backend(small, next(mixers(model)).backend)
-    found: list[Keep] = []
+    cutter = _Cutter(model, arch, step, after, dtypes or {}, fisher, seed, {} if finished is None else finished)
+    if step.calibrated and windows is not None:
+        Walk(cutter.taps, cutter.block, known=tuple(cutter.finished)).run(model, arch, windows, emit)
+        return cutter.found
+    for layer, block in enumerate(arch.blocks(model)):
+        started = time.perf_counter()
+        _, kept = cutter.block(layer, block, {}, ())
+        emit(LayerDone(layer, arch.layers, time.perf_counter() - started, kept=kept))
+    return cutter.found
 
-    def choose(layer: int, block: nn.Module, statistics: Mapping[str, Moment]) -> tuple[nn.Module, float | None]:
-        if layer not in finished:
-            scorer = Scorer(arch, axis, layer, block, statistics, fisher, seed)
-            finished[layer] = [Keep(step.axis, layer, best(scorer.score(step.criterion), after, groups))]
-        found.extend(cast(list[Keep], finished[layer]))
-        return _cut(small, arch, layer, block, found[-1:]), after / axis.size
 
-    taps = TAPS.get(step.criterion, {})
-    if taps and windows is not None:
-        Walk(taps, choose, known=tuple(finished)).run(model, arch, windows, emit)
-    else:
-        for layer, block in enumerate(arch.blocks(model)):
-            started = time.perf_counter()
-            _, kept = choose(layer, block, {})
-            emit(LayerDone(layer, arch.layers, time.perf_counter() - started, kept=kept))
-    return found
+class _Cutter:
+    """Cuts one block at a time, and gathers the edits that do it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arch: Arch,
+        step: Cut,
+        after: int,
+        dtypes: Mapping[str, torch.dtype],
+        fisher: Fisher,
+        seed: int,
+        finished: MutableMapping[int, list[Edit]],
+    ) -> None:
+        self.arch, self.step, self.after, self.axis = arch, step, after, arch.axes()[step.axis]
+        self.dtypes, self.fisher, self.seed, self.finished = dtypes, fisher, seed, finished
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.small = Surgery(arch, first(arch, step.axis, after)).arch.build("meta")
+        use_backend(self.small, next(mixers(model)).backend)
+        self.taps = TAPS.get(step.criterion, {}) | ({"norm": SquaredSum} if step.correction == "rescale" else {})
+        self.found: list[Edit] = []
+
+    def block(
+        self, layer: int, block: nn.Module, statistics: Mapping[str, Any], hidden: Sequence[Tensor]
+    ) -> tuple[nn.Module, float]:
+        """The cut block, and the share of its units that stays."""
+        if layer not in self.finished:
+            self.finished[layer] = self._choose(layer, block, statistics, hidden)
+        self.found += self.finished[layer]
+        return self._cut(layer, block, self.finished[layer]), self.after / self.axis.size
+
+    def _choose(
+        self, layer: int, block: nn.Module, statistics: Mapping[str, Any], hidden: Sequence[Tensor]
+    ) -> list[Edit]:
+        scorer = Scorer(self.arch, self.axis, layer, block, statistics, self.fisher, self.seed, self.after)
+        groups = self.arch.config.n_groups if self.step.axis == "head" else 1
+        keep = Keep(self.step.axis, layer, best(scorer.score(self.step.criterion), self.after, groups))
+        made: list[Edit] = [keep]
+        if self.step.correction == "rescale":
+            norm, name = cast(Any, block).mixer.norm, "mixer.norm.weight"
+            gone = removed(self.axis, keep.keep, name)[0]
+            alive = torch.ones(len(norm.weight), dtype=torch.bool).index_fill(0, gone, False)
+            made.append(self._replace(layer, name, rescaled(norm, alive, statistics["norm"].norm.square().cpu())))
+        elif self.step.correction == "refit":
+            name = "mixer.out_proj.weight"
+            new = self._replace(layer, name, refitted(block, self._cut(layer, block, made), hidden))
+            made.append(Surgery(self.arch, made).lift(new, self.shapes))
+        return made
+
+    def _replace(self, layer: int, name: str, values: Tensor) -> Replace:
+        whole = self.arch.prefix(layer) + name
+        return Replace(whole, values.to(self.dtypes.get(whole, values.dtype)))
+
+    def _cut(self, layer: int, block: nn.Module, made: Sequence[Edit]) -> nn.Module:
+        """The block with its other units removed and its new values, as the smaller model has it."""
+        surgery, prefix = Surgery(self.arch, made), self.arch.prefix(layer)
+        state = {prefix + name: tensor for name, tensor in block.state_dict().items()}
+        for edit in made:
+            if isinstance(edit, Replace):
+                state[edit.tensor] = edit.values.to(state[edit.tensor])
+        left = self.arch.blocks(self.small)[layer]
+        left.load_state_dict({name.removeprefix(prefix): surgery.cut(name, state[name]) for name in state}, assign=True)
+        fill_buffers(left, next(block.parameters()).device)
+        return left.eval()
 
 
 @torch.enable_grad()
-def squared_gradients(model: PreTrainedModel, windows: Tensor, axis: Axis) -> dict[str, Tensor]:
+def squared_gradients(model: PreTrainedModel, windows: Tensor, axis: Axis, emit: Emit = ignore) -> dict[str, Tensor]:
     """The mean over windows of the squared gradient of the loss, of every tensor the axis cuts (Fisher diagonal)."""
+    emit(Phase("squared gradients", len(windows)))
     tensors = {part.tensor for part in axis.slices}
     wanted = {name: p for name, p in model.named_parameters() if name.split(".", 3)[-1] in tensors}
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in wanted.items()}
@@ -88,6 +147,7 @@ def squared_gradients(model: PreTrainedModel, windows: Tensor, axis: Axis) -> di
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         for name, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True):
             total[name] += gradient.float().square() / len(windows)
+        emit(Advance())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(required[name])
     return total
@@ -104,6 +164,7 @@ class Scorer:
     statistics: Mapping[str, Any] = field(default_factory=dict)
     fisher: Fisher = field(default_factory=dict)
     seed: int = 0
+    after: int = 0
 
     def score(self, method: str) -> Tensor:
         """The score of every unit, [units] float32: higher matters more."""
@@ -138,6 +199,9 @@ class Scorer:
     def _ghost(self) -> Tensor:
         return (self.statistics["scan"].energy * self.statistics["scan"].readout).sum(0)
 
+    def _sparsessm(self) -> Tensor:
+        return scores.votes(self.statistics["scan"].total.cpu(), self.axis.size - self.after)
+
     def _last(self) -> Tensor:
         cuts = [part for part in self.axis.slices if part.tensor in ("mixer.x_proj.weight", "mixer.in_proj.weight")]
         B, C = (self._tensor(part.tensor)[_indices(self.axis, part)].transpose(0, 1) for part in cuts)
@@ -170,13 +234,3 @@ class Scorer:
 def _indices(axis: Axis, part: Slice) -> Tensor:
     """The indices of a cut that each unit owns, [units, indices]."""
     return torch.tensor([part.indices(unit) for unit in range(axis.size)])
-
-
-def _cut(small: PreTrainedModel, arch: Arch, layer: int, block: nn.Module, keeps: list[Keep]) -> nn.Module:
-    """The block with its other units removed, as the smaller model has it."""
-    surgery, prefix = Surgery(arch, keeps), arch.prefix(layer)
-    state = {name: surgery.cut(prefix + name, tensor) for name, tensor in block.state_dict().items()}
-    left = arch.blocks(small)[layer]
-    left.load_state_dict(state, assign=True)
-    fill_buffers(left, next(block.parameters()).device)
-    return left.eval()

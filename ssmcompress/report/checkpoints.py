@@ -17,6 +17,7 @@ from ssmcompress.evaluate import results, speed
 from ssmcompress.evaluate.results import Results, Summary
 from ssmcompress.evaluate.speed import Speed
 from ssmcompress.measure.perplexity import DocumentScore
+from ssmcompress.paths import expanded
 from ssmcompress.recipe import Recipe
 from ssmcompress.recipes import parse
 
@@ -49,7 +50,7 @@ class Look(_Lenient):
     """What a run measured of a model itself: likelihood of the first tokens of each page, and probes of memory."""
 
     bits_per_byte: float
-    bits_per_byte_interval: tuple[float, float]
+    bits_per_byte_interval: tuple[float, float] | None
     perplexity: float
     length: int
     documents: tuple[DocumentScore, ...]
@@ -157,7 +158,7 @@ def read(folders: Sequence[str | Path]) -> list[Checkpoint]:
 
 
 def _sort(folder: Path, models: dict[Path, Made], evaluations: dict[Path, Evaluation]) -> None:
-    place = folder.expanduser().resolve()
+    place = expanded(folder).resolve()
     if (place / manifest.NAME).exists():
         models[place] = _made(place)
         inner = place / manifest.EVALUATION
@@ -227,10 +228,9 @@ def _with_sources(known: dict[frozenset[str], Checkpoint]) -> list[Checkpoint]:
         if each.made:
             origin = each.made.manifest.source
             weights = frozenset(origin.sha256.values())
-            # masks change neither the number of parameters nor their bytes
-            size = None if each.made.manifest.verb == "convert" else each.weight_bytes
+            params, size = _size_before(each, each.made)
             dense = not each.made.manifest.earlier
-            unseen = Checkpoint(origin.name, weights, params=each.params, weight_bytes=size, dense=dense)
+            unseen = Checkpoint(origin.name, weights, params=params, weight_bytes=size, dense=dense)
             before = known.get(weights, unseen)
             looks = (each.made.looks.before,) if each.made.looks and not before.made else ()
             known[weights] = replace(before, looks=_distinct((*before.looks, *looks)))
@@ -247,6 +247,13 @@ def _with_sources(known: dict[frozenset[str], Checkpoint]) -> list[Checkpoint]:
     for root in roots:
         add(root, None)
     return ordered
+
+
+def _size_before(each: Checkpoint, made: Made) -> tuple[int | None, int | None]:
+    """Parameters and bytes of what one was made from: its own where only masks were set, which change neither."""
+    if (shape := made.manifest.shape) is not None:
+        return shape.before.params, shape.before.weight_bytes
+    return each.params, None if made.manifest.verb == "convert" else each.weight_bytes
 
 
 def _origin(each: Checkpoint, known: Mapping[frozenset[str], Checkpoint]) -> Checkpoint | None:

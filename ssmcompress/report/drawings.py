@@ -85,7 +85,10 @@ def layers(members: Sequence[Member]) -> Iterable[Drawing]:
         worst = {name: max(errors, key=lambda layer: errors[layer]) for name, _, errors in measured}
         told = "; ".join(f"{name}: most after layer {layer}" for name, layer in worst.items())
         silent = [name for name, _, errors in series if not errors]
-        said = "How far the residual stream moves from what the dense layer makes of the same input."
+        said = (
+            "How far the residual stream moves from what the dense layer makes of the same input, over the first window"
+        )
+        said += " of the calibration text."
         said += f" Not measured for {', '.join(silent)}." if silent else ""
         chart = figures.lines(measured, f"Relative error by layer. {told}.")
         yield Drawing("Error by layer", chart, said)

@@ -6,18 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from scipy import stats
-
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate.compare import Difference, Samples, differences
 from ssmcompress.evaluate.comparison import Verdict, aligned, verdict
 from ssmcompress.evaluate.results import TEXT, Results, TaskScore
 from ssmcompress.measure.glance import ON
+from ssmcompress.measure.interval import accuracy_interval
 from ssmcompress.measure.perplexity import DocumentScore, paired_difference
 from ssmcompress.report.checkpoints import Checkpoint, Evaluation, Look, Probe
 
 Unit = Literal["bits", "share", "plain"]
-NORMAL = float(stats.norm.ppf(0.975))
 PROBES = {"copy": "copying {} words", "key-value": "{} key-value pairs"}
 
 
@@ -82,15 +80,6 @@ def figures(each: Checkpoint) -> dict[Measure, Figure]:
     return found
 
 
-def accuracy_interval(value: float, standard_error: float, items: int) -> tuple[float, float]:
-    """95 %: Wilson's for right or wrong answers, which holds at 0 and 1 too; else normal, within 0 and 1."""
-    binary = math.sqrt(max(0.0, value * (1 - value)) / max(1, items - 1))
-    if items and math.isclose(standard_error, binary, rel_tol=1e-3, abs_tol=1e-9):
-        held = stats.binomtest(round(value * items), items).proportion_ci(method="wilson")
-        return float(held.low), float(held.high)
-    return max(0.0, value - NORMAL * standard_error), min(1.0, value + NORMAL * standard_error)
-
-
 def _likelihoods(each: Checkpoint) -> dict[Measure, tuple[Figure, list[DocumentScore]]]:
     found: dict[Measure, tuple[Figure, list[DocumentScore]]] = {}
     for evaluation in each.evaluations:
@@ -140,14 +129,11 @@ def _probe(probe: Probe, where: str) -> tuple[Measure, Figure]:
 
 
 def _task(score: TaskScore) -> tuple[Measure, Figure]:
-    share = score.metric.startswith(("acc", "exact_match", "em")) and 0 <= score.value <= 1
-    error = score.standard_error
-    held = accuracy_interval(score.value, error, score.samples) if share and error is not None else None
     figure = Figure(
         score.value,
-        "share" if share else "plain",
-        held,
-        None if held else error,
+        "share" if score.share else "plain",
+        score.interval,
+        None if score.interval else score.standard_error,
         score.chance,
         score.measurable,
     )

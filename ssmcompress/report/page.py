@@ -14,6 +14,7 @@ from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.card import MASKS
 from ssmcompress.errors import InputError, ResourceError
 from ssmcompress.events import Advance, Emit, Finished, Phase, ignore
+from ssmcompress.paths import expanded
 from ssmcompress.report import drawings, figures, tables, words
 from ssmcompress.report.checkpoints import Checkpoint, read
 from ssmcompress.report.measures import Measure
@@ -63,7 +64,7 @@ def report(*folders: str | Path, out: str | Path = "report.html", overwrite: boo
         raise InputError(
             "There is nothing to report on.", hint="Give folders that `prune`, `run` or `eval --out` wrote."
         )
-    target = _permitted(Path(out).expanduser(), overwrite)
+    target = _permitted(expanded(out), overwrite)
     page = render(read(folders), emit)
     _write(target, page)
     emit(Finished(str(out)))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ssmcompress.checkpoint.card import coverage
 from ssmcompress.evaluate.speed import Ratio, Spread
-from ssmcompress.events import number
+from ssmcompress.events import number, size
 from ssmcompress.report import words
 from ssmcompress.report.checkpoints import Checkpoint
 from ssmcompress.report.measures import Figure, Figures, Measure
@@ -97,7 +97,7 @@ def speed(members: Sequence[Member]) -> Table | None:
             reading = "; ".join(f"{part.length}: {_median(part.tokens_per_s)}" for part in own.prefill)
             first = "; ".join(f"{part.length}: {_median(part.time_to_first_token_s, 1e3)}" for part in own.prefill)
             busy = f"{each.threads} thread{'s' * (each.threads > 1)}, load {each.load[0]:.1f} to {each.load[1]:.1f}"
-            memory = Cell(words.size(own.peak_memory_bytes), (f"{words.size(own.memory_before_bytes)} before work",))
+            memory = Cell(size(own.peak_memory_bytes), (f"{size(own.memory_before_bytes)} before work",))
             ratios = "; ".join(_ratio(ratio) for ratio in each.ratios)
             against = Cell(ratios, (f"against {each.against.model}",), "words") if each.against else MUTED
             figures = (Cell(reading), Cell(first), Cell(_median(own.decode_tokens_per_s)))
@@ -173,7 +173,7 @@ def _stored(member: Member) -> Cell:
     if each.weight_bytes is None:
         return UNMEASURED
     state = next((found.summary.state_bytes for found in each.evaluations), None)
-    return Cell(words.size(each.weight_bytes), () if state is None else (f"state {words.size(state)}",))
+    return Cell(size(each.weight_bytes), () if state is None else (f"state {size(state)}",))
 
 
 def _figure(figure: Figure | None) -> Cell:

@@ -1,12 +1,12 @@
 """Numbers and recipes as people read them."""
 
-from ssmcompress.events import number
-from ssmcompress.recipe import Cut, Prune, Recipe, Step
+from ssmcompress.events import UNITS, number
+from ssmcompress.recipe import Recipe
 from ssmcompress.report.checkpoints import Made
 from ssmcompress.report.measures import Change, Figure
+from ssmcompress.steps import Cut, Prune, Step
 
 METHODS = {"wanda": "WANDA", "magnitude": "magnitude", "sparsegpt": "SparseGPT"}
-UNITS = ((1e9, "billion", "GB"), (1e6, "million", "MB"), (1e3, "thousand", "kB"))
 NOT_MEASURED = "not measured"
 
 
@@ -19,12 +19,6 @@ def count(value: float) -> str:
     """A number of parameters."""
     size, word, _ = next((unit for unit in UNITS if value >= unit[0]), (1.0, "", ""))
     return f"{value / size:.2f} {word}" if word else f"{value:,.0f}"
-
-
-def size(value: float) -> str:
-    """A number of bytes."""
-    unit, _, word = next((unit for unit in UNITS if value >= unit[0]), (1.0, "", "bytes"))
-    return f"{value / unit:.2f} {word}" if word != "bytes" else f"{value:,.0f} bytes"
 
 
 def value(figure: Figure) -> str:

@@ -1,11 +1,13 @@
 """Units removed, end to end: what is written is smaller, loads anywhere, replays, resumes, and follows other steps."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import ssmcompress
@@ -13,6 +15,7 @@ from ssmcompress.arch.masked import mask
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.source import load
 from ssmcompress.edits import Keep, Mask
+from ssmcompress.errors import InputError
 from ssmcompress.recipe import recipe
 from tests.flow.test_bytes import contents, lasting
 
@@ -34,7 +37,7 @@ WORDS = torch.arange(1, 33)[None] * 7
 @pytest.mark.parametrize(("name", "axis", "keep"), CUTS)
 def test_what_is_written_is_the_dense_model_with_those_units_silent(models, small, tmp_path, name, axis, keep):
     out = tmp_path / "out"
-    result = ssmcompress.prune(models[name], out=out, axis=axis, keep=keep, **small)
+    result = ssmcompress.prune(models[name], out=out, axis=axis, keep=keep, correct="none", **small)
     dense = load(models[name], dtype=torch.float32)
     mask(dense.model, dense.arch, [edit for edit in result.edits if isinstance(edit, Keep)])
     ours = load(str(out), dtype=torch.float32).model
@@ -64,6 +67,34 @@ def test_the_edits_give_the_same_bytes_again(models, small, tmp_path, name, axis
     assert lasting(again) == lasting(tmp_path / "first")
     ssmcompress.prune(models[name], out=tmp_path / "second", axis=axis, keep=keep, **small)
     assert contents(tmp_path / "second") == contents(tmp_path / "first")
+
+
+@pytest.mark.parametrize(("name", "axis", "keep"), [cut for cut in CUTS if cut[0] in ("mamba", "mamba2-grouped")])
+def test_units_may_be_chosen_in_the_narrow_dtype_that_is_stored(models, small, tmp_path, name, axis, keep):
+    folder = ssmcompress.prune(
+        models[name], out=tmp_path / "out", axis=axis, keep=keep, dtype="bfloat16", **small
+    ).folder
+    check = manifest.read(folder).verification
+    assert check.transformers <= check.tolerance and check.ssmcompress <= check.tolerance
+
+
+@pytest.mark.parametrize(("name", "axis", "correct"), [("mamba", "channel", "refit"), ("mamba2", "head", "rescale")])
+def test_corrections_replay_too(models, small, tmp_path, name, axis, correct):
+    out = tmp_path / "first"
+    ssmcompress.prune(models[name], out=out, axis=axis, keep=0.5, correct=correct, **small)
+    again = ssmcompress.apply(out / "edits.safetensors", models[name], out=tmp_path / "again")
+    assert lasting(again) == lasting(out)
+    with pytest.raises(InputError, match="new values made for other weights"):
+        ssmcompress.apply(out / "edits.safetensors", str(other(models[name], tmp_path)), out=tmp_path / "wrong")
+
+
+def other(model, tmp_path):
+    """A copy of a model with another final norm."""
+    shutil.copytree(model, tmp_path / "other")
+    state = load_file(tmp_path / "other" / "model.safetensors")
+    state["backbone.norm_f.weight"] *= 2
+    save_file(state, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "other"
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
@@ -130,6 +161,8 @@ def test_a_run_that_was_stopped_goes_on(run, models, text, tmp_path, monkeypatch
         (("mamba", "--axis", "state", "--keep", 0.5, "--method", "shedder"), 2, ("has no method 'shedder'", "joint")),
         (("mamba", "--axis", "state", "--target", "size=1"), 2, ("params=, state= or memory=",)),
         (("mamba", "--axis", "state", "--keep", "nan"), 2, ("keep",)),
+        (("mamba", "--axis", "state", "--keep", 0.5, "--correct", "rescale"), 2, ("the axis state has none",)),
+        (("mamba", "--axis", "layer", "--keep", 0.5, "--correct", "refit"), 2, ("the axis layer leaves none",)),
         (("mamba", "--axis", "sate", "--keep", 0.5), 2, ("Did you mean 'state'?",)),
     ],
 )
@@ -149,7 +182,15 @@ def test_units_may_go_by_a_recipe_with_overrides(run, models, small, tmp_path):
     assert code == 0, err
     assert json.loads((tmp_path / "out" / "config.json").read_text())["state_size"] == 2
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["steps"] == [
-        {"step": "prune", "axis": "state", "method": "last", "keep": 2.0, "target": None, "any_size": False}
+        {
+            "step": "prune",
+            "axis": "state",
+            "method": "last",
+            "keep": 2.0,
+            "target": None,
+            "correct": "none",
+            "any_size": False,
+        }
     ]
     code, _, err = run("run", tmp_path / "mine.yaml", "kep=2", "--out", tmp_path / "other")
     assert code == 2 and "Did you mean 'keep'?" in err

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import ssmcompress
 from ssmcompress import kernels
@@ -150,6 +151,17 @@ def broken_config(model):
     (model / "config.json").write_text('{"model_type": "mamba2",')
 
 
+def another_activation(model):
+    edit_json(model / "config.json", hidden_act="sulu")
+
+
+def a_larger_tokenizer(model):
+    config = resolve(str(model)).config()
+    config.vocab_size = 300
+    torch.manual_seed(0)
+    arch_for(config).build("cpu").save_pretrained(model)
+
+
 def a_layer_less(model):
     edit_json(model / "config.json", num_hidden_layers=3)
 
@@ -179,12 +191,52 @@ def empty_weights(model):
         (a_layer_less, "2 layers"),
         (other_shape, "conv1d"),
         (broken_tokenizer, "tokenizer"),
+        (another_activation, "Did you mean 'silu'?"),
+        (a_larger_tokenizer, "the token 511; the model knows 300"),
     ],
 )
 def test_a_damaged_model(refused, model, text, tmp_path, damage, words):
     damage(model)
     assert words in refused(2, "prune", model, "--calib", text, "--no-eval", "--out", tmp_path / "out")
     assert words in refused(2, "eval", model, "--perplexity", text, "--out", tmp_path / "out")
+    assert words in refused(2, "generate", model, "--prompt", "bak dek")
+
+
+def test_a_model_that_computes_no_numbers_writes_no_text(refused, model):
+    change(model, backbone__layers__1__mixer__out_proj__weight=torch.full((32, 64), 3e38))
+    for options in ((), ("--temperature", 1)):
+        assert "NaN or infinite" in refused(2, "generate", model, "--prompt", "bak dek", *options)
+
+
+def test_a_prompt_that_is_no_text(refused, models):
+    assert "not text" in refused(2, "generate", models["mamba"], "--prompt", "bak \udcff")
+
+
+def test_a_prompt_of_a_token_that_the_model_does_not_know(refused, model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(model)
+    assert "the token 512" in refused(2, "generate", model, "--prompt", "bak <extra>")
+
+
+@pytest.mark.parametrize("verb", ["prune", "eval", "generate", "convert", "report", "cp"])
+def test_a_home_that_is_not_there(refused, models, text, verb):
+    given = {
+        "prune": ["prune", models["mamba"], "--calib", text, "--no-eval", "--out", "~nobody-here/x"],
+        "eval": ["eval", models["mamba"], "--perplexity", "~nobody-here/x"],
+        "generate": ["generate", "~nobody-here/x", "--prompt", "bak"],
+        "convert": ["convert", models["mamba"], "--to", "mamba-ssm", "--out", "~nobody-here/x"],
+        "report": ["report", models["mamba"], "--out", "~nobody-here/x"],
+        "cp": ["recipes", "cp", "prune/wanda-50", "~nobody-here/x"],
+    }[verb]
+    assert "~nobody-here/x begins with a home directory" in refused(2, *given)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc")
+@pytest.mark.parametrize("out", ["/proc/x", "/proc/x/y"])
+def test_a_place_that_takes_no_files(refused, models, text, out):
+    said = refused(4, "prune", models["mamba"], "--calib", text, "--no-eval", "--out", out)
+    assert "/proc" in said and "Another run" not in said
 
 
 class Bomb:

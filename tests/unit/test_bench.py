@@ -96,3 +96,15 @@ def test_a_quick_run_prints_every_table(cpu: ModuleType, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     for expected in ("load before", "Peak memory", "WANDA", "Mamba-1 forward", "Mamba-2 training step", "chunk 64"):
         assert expected in printed
+
+
+def test_a_quick_run_of_the_cuts_measures_every_one(cpu: ModuleType, capsys: pytest.CaptureFixture):
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        cuts = importlib.import_module("cuts")
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    cuts.main(["--quick"])
+    told = capsys.readouterr().out
+    for family, made in cuts.CUTS.items():
+        assert all(f"{family}, {axis} keep {share:g}" in " ".join(told.split()) for axis, share in made)

@@ -13,7 +13,8 @@ import ssmcompress
 from ssmcompress import cli, options
 from ssmcompress.errors import BackendError, GateError, InputError, UnsupportedError
 from ssmcompress.events import Note, Table
-from ssmcompress.recipe import METHODS, Cut, Prune, PruneOptions, Recipe, pruning
+from ssmcompress.recipe import PruneOptions, Recipe, pruning
+from ssmcompress.steps import METHODS, Cut, Prune
 
 VERBS = {
     *("prune", "plan", "apply", "eval", "generate", "compare"),
@@ -135,7 +136,7 @@ def test_options_arrive_as_they_were_given(calls):
         "prune MODEL --method sparsegpt --pattern 2:4 --scope row --include in_proj --include out_proj --exclude x_proj"
     )
     line += " --calib text.jsonl --calib-split train --calib-column text --calib-mix recall --windows 8 --length 64"
-    line += " --axis state --keep 0.5 --target state=50% --any-size"
+    line += " --axis state --keep 0.5 --target state=50% --correct refit --any-size"
     line += " --no-eval --overwrite --seed 3 --device cuda:1 --dtype bfloat16 --backend torch --out out"
     assert run(*line.split()) == 0
     given = calls[0][1]
@@ -150,6 +151,7 @@ def test_options_arrive_as_they_were_given(calls):
         "axis": "state",
         "keep": 0.5,
         "target": "state=50%",
+        "correct": "refit",
         "any_size": True,
         "include": ("in_proj", "out_proj"),
         "exclude": ("x_proj",),

@@ -190,6 +190,8 @@ def test_cells_that_are_numbers_are_known():
         "3.1 GiB",
         "1.2×",
         "12 ms",
+        "-1.6 points",
+        "100.0% [94.3%, 100.0%]",
     ):
         assert events.NUMBER.fullmatch(cell), cell
     for cell in ("2:4", "ref:mamba", "4 cores of 8", "layer 3", "1.0.2-rc", "3 layers"):

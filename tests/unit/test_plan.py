@@ -7,7 +7,7 @@ from ssmcompress import plan as plan_function
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Mask
-from ssmcompress.errors import InputError, UnsupportedError
+from ssmcompress.errors import InputError, ResourceError, UnsupportedError
 from ssmcompress.events import Note, Table
 from ssmcompress.plan import expected_kept, records_of
 from ssmcompress.prune.apply import BLOCK
@@ -97,6 +97,16 @@ def test_it_tells_what_changes_who_loads_it_and_what_is_covered(folder):
     assert kinds["mixer.conv1d.weight"] == ("kept: not chosen", "100.0%")
     notes = " ".join(event.text for event in events if isinstance(event, Note))
     assert "transformers and ssmcompress" in notes and "neither" in notes
+
+
+def test_a_recipe_that_is_nearly_meant_is_suggested():
+    for given, meant in (("prune/wanda50", "prune/wanda-50"), ("prune/sparsegpt-2:4", "prune/sparsegpt-2-4")):
+        with pytest.raises((InputError, ResourceError)) as error:
+            plan_function(given)
+        assert error.value.hint == f"Did you mean the recipe {meant!r}?"
+    with pytest.raises((InputError, ResourceError)) as error:
+        plan_function("state-spaces/mamba")
+    assert "recipe" not in error.value.hint
 
 
 def test_records_cover_every_tensor_once():

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from ssmcompress.errors import RecipeError
-from ssmcompress.recipe import Calibration, Prune, Recipe, pruning, recipe
+from ssmcompress.recipe import Calibration, Recipe, pruning, recipe
+from ssmcompress.steps import Prune
 
 
 def test_every_default_is_written_out():
@@ -107,9 +108,32 @@ def test_every_mistake_is_told_at_once():
     with pytest.raises(RecipeError) as refused:
         pruning("m", {"sparsity": 2, "method": "wnda", "windows": 0, "backend": "fast"})
     message = refused.value.message
-    assert all(word in message for word in ("sparsity", "method", "calibrate.windows", "backend", "'wnda'"))
+    assert all(word in message for word in ("sparsity", "method", "--windows", "--backend", "'wnda'"))
     assert "there are no steps" not in message and "pydantic" not in message and message.count("\n") == 0
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"sparsity": 2}, "--sparsity: "),
+        ({"method": "wnda"}, "--method: "),
+        ({"calib": 5}, "--calib: "),
+        ({"calib_mix": "songs"}, "--calib-mix: "),
+        ({"length": 0}, "--length: "),
+        ({"seed": -1}, "--seed: "),
+        ({"include": (5,)}, "--include: "),
+        ({"modules": {"in_proj": 2}}, "modules.in_proj: "),
+        ({"pattern": "2:4", "sparsity": 0.5}, "pattern 2:4 and sparsity 0.5"),
+    ],
+)
+def test_mistakes_in_options_are_told_by_the_option_and_those_in_recipes_by_the_key(options, where):
+    with pytest.raises(RecipeError) as refused:
+        pruning("m", options)
+    assert refused.value.message.startswith(where)
+    if where == "--sparsity: ":
+        with pytest.raises(RecipeError, match=r"^steps\.0\.sparsity: "):
+            recipe(model="m", steps=[options])
 
 
 def test_an_unknown_option_names_the_nearest():

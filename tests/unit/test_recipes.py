@@ -2,9 +2,9 @@
 
 import pytest
 
-from ssmcompress.errors import RecipeError
+from ssmcompress.errors import RecipeError, ResourceError
 from ssmcompress.recipe import recipe
-from ssmcompress.recipes import parse, read, shipped
+from ssmcompress.recipes import cp, parse, read, shipped
 
 TEXT = """\
 model: ref:mamba
@@ -95,6 +95,45 @@ def test_overrides_that_will_not_do(override, words):
     assert words in error.message + error.hint
 
 
+ONE = "model: ref:mamba\nsteps:\n- step: prune\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "overrides", "step"),
+    [
+        ("sparsity: 0.5", ["pattern=2:4"], {"pattern": "2:4"}),
+        ("sparsity: 0.5", ['pattern="1:16"'], {"pattern": "1:16"}),
+        ("sparsity: 0.5", ["steps.0.pattern=2:4"], {"pattern": "2:4"}),
+        ("sparsity: 0.5\n  scope: tensor", ["pattern=2:4"], {"pattern": "2:4"}),
+        ("sparsity: 0.5\n  scope: tensor", ["method=sparsegpt"], {"method": "sparsegpt", "sparsity": 0.5}),
+        ("sparsity: 0.5\n  scope: row", ["method=magnitude"], {"method": "magnitude", "scope": "row"}),
+        ('pattern: "2:4"', ["sparsity=0.3"], {"sparsity": 0.3}),
+        ('pattern: "2:4"', ["sparsity=null"], {"pattern": "2:4"}),
+        ("sparsity: 0.3", ["pattern=null"], {"sparsity": 0.3}),
+    ],
+)
+def test_what_is_said_now_displaces_what_it_contradicts(said, overrides, step):
+    assert parse(f"{ONE}  {said}\n", overrides=overrides) == recipe(model="ref:mamba", steps=[step])
+
+
+def test_overrides_displace_only_in_their_step():
+    text = ONE + "  sparsity: 0.3\n- step: prune\n  sparsity: 0.4\n"
+    made = parse(text, overrides=["steps.1.pattern=2:4"])
+    assert [(step.sparsity, step.pattern) for step in made.steps] == [(0.3, None), (None, "2:4")]
+
+
+def test_overrides_that_contradict_one_another_are_refused():
+    for overrides in (["pattern=2:4", "sparsity=0.3"], ["sparsity=0.3", "pattern=2:4"]):
+        assert "exclude one another" in refused(ONE, *overrides).message
+    assert "scope has no meaning" in refused(ONE, "pattern=2:4", "scope=row").message
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:16"])
+def test_a_pattern_without_quotes_is_explained(pattern):
+    said = refused(f"{ONE}  pattern: {pattern}\n").message
+    assert f'line 4: steps.0.pattern: must be in quotes: pattern: "{pattern}"' in said
+
+
 def test_a_recipe_that_is_not_there(tmp_path):
     with pytest.raises(RecipeError, match="no recipe 'prune/wanda-5'") as error:
         read("prune/wanda-5")
@@ -102,6 +141,15 @@ def test_a_recipe_that_is_not_there(tmp_path):
     (tmp_path / "bad.yaml").write_bytes(b"model: \xff")
     with pytest.raises(RecipeError, match="UTF-8"):
         read(str(tmp_path / "bad.yaml"))
+
+
+def test_a_copy_that_does_not_fit_leaves_nothing(tmp_path, full_disk):
+    with full_disk(10), pytest.raises(ResourceError, match="cannot be written") as error:
+        cp("prune/wanda-50", tmp_path / "mine.yaml")
+    assert "room" in error.value.hint and not list(tmp_path.iterdir())
+    with pytest.raises(ResourceError) as error:
+        cp("prune/wanda-50", tmp_path / "nowhere" / "mine.yaml")
+    assert "folder" in error.value.hint
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -1,6 +1,7 @@
 """The run itself: several steps, what it refuses before it costs anything, and what it records."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import ssmcompress.run
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.edits import Mask
-from ssmcompress.errors import InputError, UnsupportedError
+from ssmcompress.errors import InputError, ResourceError, UnsupportedError
 from ssmcompress.events import Finished, LayerDone, Note, Table
 from ssmcompress.recipe import recipe
 from ssmcompress.recipes import parse
@@ -67,6 +68,14 @@ def test_calibration_that_cannot_be_used_is_refused_before_anything_is_measured(
     monkeypatch.setattr(runner, "glance", lambda *_, **__: pytest.fail("the model was measured"))
     with pytest.raises(InputError, match="nowhere"):
         ssmcompress.prune(str(folder), out=tmp_path / "out", calib="./nowhere.txt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_room_is_told_before_the_model_is_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _, found=shutil.disk_usage(tmp_path): found._replace(free=2000))
+    monkeypatch.setattr(runner, "load", lambda *_, **__: pytest.fail("the model was read"))
+    with pytest.raises(ResourceError, match=r"\d kB of weights do not fit .*: 2\.00 kB are free"):
+        ssmcompress.prune(str(folder), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -291,6 +300,17 @@ def test_the_recipe_of_an_output_says_every_default_and_gives_the_same_bytes(fol
     ssmcompress.run(str(first / "recipe.yaml"), again, out=tmp_path / "again", no_eval=True)
     ssmcompress.apply(first / "edits.safetensors", str(folder), out=tmp_path / "applied")
     assert manifest.hashes(first) == manifest.hashes(tmp_path / "again") == manifest.hashes(tmp_path / "applied")
+
+
+def test_a_tokenizer_without_an_end_of_text_token_is_no_reason_to_stop(folder, text, tmp_path):
+    shutil.copytree(folder, tmp_path / "in")
+    folders.edit_json(tmp_path / "in" / "tokenizer_config.json", eos_token=None, bos_token=None)
+    events = []
+    options = {"calib": text, "windows": 4, "length": 16, "emit": events.append}
+    result = ssmcompress.prune(str(tmp_path / "in"), out=tmp_path / "out", **options)
+    assert (result.before, result.after) == (None, None) and manifest.changed(result.folder) == []
+    lacking = Note("Without an end-of-text token in the tokenizer nothing is measured.", "warning")
+    assert events.count(lacking) == 1
 
 
 def test_edits_that_do_not_fit_change_nothing(folder, text, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssmcompress.arch.base import mixers
-from ssmcompress.calib.states import States
+from ssmcompress.calib.states import States, StatesInTime
 from ssmcompress.calib.taps import observe
 from tests.unit.arch import models
 
@@ -35,3 +35,21 @@ def test_the_sums_are_those_of_the_recurrence(name):
     assert found.count == 21
     for figure, total in zip((found.energy, found.readout, found.joint), sums, strict=True):
         assert torch.allclose(figure.double(), total / 21, rtol=1e-4, atol=1e-12)
+
+
+def test_saliency_in_time_weighs_the_state_before_each_token():
+    model, ids = models.ours("mamba"), models.tokens(3, 7)
+    mixer, scans = next(mixers(model)), []
+    with observe(mixer, lambda module, x: scans.append(x) if module == "scan" else None), torch.no_grad():
+        for row in ids.split(1):
+            model(row)
+    found = StatesInTime.of(scans[0])
+    for scan in scans:
+        found.add(scan)
+    expected = torch.zeros(7, 5)
+    for scan in scans:
+        states = [torch.zeros(1, 64, 1, 5), *scan.states()]
+        for t in range(7):
+            expected[t] += (mixer.A_log.square()[None, :, None] * states[t].square()).sum((0, 1, 2))
+    assert found.count == 21 and not found.total[0].any()
+    assert torch.allclose(found.total.float(), expected.detach(), rtol=1e-4)

@@ -20,7 +20,7 @@ def walk(model, edit=None, modules=None, collect=SquaredSum, batch=2, ids=None, 
     """The statistics of every layer, the residual stream at the end, and the events."""
     arch, seen, events = arch_for(model.config), {}, []
 
-    def gather(layer, block, statistics):
+    def gather(layer, block, statistics, hidden):
         seen[layer] = dict(statistics)
         return block, 1.0 if edit is None else edit(layer, block)
 

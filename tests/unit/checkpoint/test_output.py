@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 
 from ssmcompress.checkpoint import shards
-from ssmcompress.checkpoint.output import output, write
-from ssmcompress.checkpoint.source import load
+from ssmcompress.checkpoint.output import carry, output, write
+from ssmcompress.checkpoint.source import load, resolve
 from ssmcompress.errors import InputError, ResourceError
 from tests.unit.checkpoint.folders import save
 
@@ -183,6 +183,15 @@ def test_what_travels_with_every_output(tmp_path: Path) -> None:
     written = load(str(tmp_path / "out"))
     assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in written.model.state_dict().values())
     assert written.model.config.to_dict() == checkpoint.model.config.to_dict()
+
+
+def test_a_full_disk_is_told_by_the_file_that_is_written(tmp_path: Path, full_disk) -> None:
+    save("mamba", tmp_path / "in")
+    (tmp_path / "in" / "tokenizer.json").write_text("x" * 5000)
+    source = resolve(str(tmp_path / "in"))
+    with pytest.raises(ResourceError) as caught, output(tmp_path / "out") as folder, full_disk(1000):
+        carry(source, folder)
+    assert "out.partial/tokenizer.json" in caught.value.message and "/in/" not in caught.value.message
 
 
 def test_impossible_places(tmp_path: Path) -> None:

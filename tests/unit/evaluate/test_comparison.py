@@ -261,7 +261,7 @@ def test_folders_that_hold_no_results_are_refused(dense, tmp_path):
         ssmcompress.compare(dense, tmp_path)
     for line in ("{", '{"measure": "t/acc"}', "[]"):
         (tmp_path / "dense" / "samples.jsonl").write_text(line)
-        with pytest.raises(InputError, match=r"samples\.jsonl cannot be read: line 1"):
+        with pytest.raises(InputError, match=r"samples.jsonl cannot be read: line 1"):
             ssmcompress.compare(dense, dense)
     (tmp_path / "dense" / "samples.jsonl").write_text("")
     with pytest.raises(InputError, match="holds no scored items"):

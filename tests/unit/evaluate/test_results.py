@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from ssmcompress.errors import InputError
-from ssmcompress.evaluate.results import Summary, documents, read
+from ssmcompress.evaluate.evaluation import tell_tasks
+from ssmcompress.evaluate.results import Summary, TaskScore, documents, read
 from tests.unit.evaluate.folders import LEAST, results
 
 
@@ -34,6 +35,27 @@ def test_a_probe_that_says_too_little_is_refused(tmp_path):
     (tmp_path / "samples.jsonl").touch()
     with pytest.raises(InputError, match="a memory probe without"):
         read(tmp_path)
+
+
+def test_only_shares_of_right_answers_have_an_interval():
+    told = {
+        "task": "t",
+        "filter": "none",
+        "higher_is_better": True,
+        "samples": 20,
+        "samples_sha256": "",
+        "version": "1",
+    }
+    scores = [
+        TaskScore(metric=metric, value=1.0, standard_error=error, num_fewshot=0, **told)
+        for metric, error in (("acc", 0.0), ("acc", None), ("perplexity", 0.5))
+    ]
+    assert [score.interval for score in scores[1:]] == [None, None]
+    low, high = scores[0].interval
+    assert 0.8 < low < 0.9 and high == 1
+    told = []
+    tell_tasks(scores, told.append)
+    assert [row[2] for row in told[0].rows] == [f"1.000 [{low:.3f}, 1.000]", "1.000", "1.000 ± 0.5000"]
 
 
 ACC = {"task/acc": np.array([1.0, 0.0, 1.0])}
@@ -64,7 +86,7 @@ def test_a_damaged_summary_is_refused_and_named(tmp_path):
     with pytest.raises(InputError, match=r"summary.json cannot be read: schema_version: Input should be 1"):
         read(tmp_path)
     (tmp_path / "summary.json").write_bytes(b"\xff")
-    with pytest.raises(InputError, match=r"summary\.json cannot be read: it is not text"):
+    with pytest.raises(InputError, match=r"summary.json cannot be read: it is not text"):
         read(tmp_path)
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from ssmcompress.errors import InputError
+from ssmcompress.evaluate.evaluation import tell_perplexity
+from ssmcompress.events import Note
 from ssmcompress.measure import perplexity as module
 from ssmcompress.measure.perplexity import paired_difference, perplexity, summarise
 from tests.unit.measure.fakes import TOKENIZER, VOCABULARY, Seer
@@ -62,6 +64,19 @@ def test_the_interval_holds_the_figure_and_repeats_with_its_seed():
     assert low < found.bits_per_byte < high
     assert summarise(found.documents, 16) == found
     assert summarise(found.documents, 16, seed=1).bits_per_byte_interval != found.bits_per_byte_interval
+
+
+def test_one_document_has_no_interval():
+    told = []
+    found = perplexity(Noisy(), TOKENIZER, TEXTS[:1], length=16, emit=told.append)
+    assert (found.bits_per_byte_interval, found.perplexity_interval) == (None, None)
+    assert Note("One document: no interval.", "warning") in told
+    told.clear()
+    tell_perplexity(found, told.append)
+    assert [(event.name, event.low, event.high) for event in told] == [
+        ("bits per byte", None, None),
+        ("token perplexity", None, None),
+    ]
 
 
 def test_a_paired_difference_sees_what_the_intervals_hide():

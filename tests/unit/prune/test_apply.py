@@ -13,7 +13,7 @@ from ssmcompress.events import LayerDone, Phase
 from ssmcompress.prune.apply import BLOCK, find_edits, prune_weight
 from ssmcompress.prune.sparsegpt import sparsegpt
 from ssmcompress.prune.targets import Target
-from ssmcompress.recipe import Prune
+from ssmcompress.steps import Prune
 from tests.unit.arch import models
 from tests.unit.prune import brute
 

@@ -11,7 +11,7 @@ from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Keep
 from ssmcompress.prune.depth import find_layers, likelihood
-from ssmcompress.recipe import Cut
+from ssmcompress.steps import Cut
 from tests.unit.arch import models
 from tests.unit.arch.models import CONFIGS
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ssmcompress.prune.scores import magnitude, wanda
+from ssmcompress.prune.scores import magnitude, votes, wanda
 
 
 def test_magnitude_is_the_absolute_value_in_float32():
@@ -26,3 +26,9 @@ def test_wanda_weighs_each_channel_of_a_convolution():
     score = wanda(weight, norm)
     for c in range(4):
         assert torch.equal(score[c], weight[c].abs() * norm[c])
+
+
+def test_a_state_is_voted_out_at_every_token_where_it_is_among_the_least():
+    saliency = torch.tensor([[9.0, 0.0, 0.0], [1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
+    assert votes(saliency, 1).tolist() == [-2, -1, 0]
+    assert votes(saliency, 2).tolist() == [-2, -3, -1]

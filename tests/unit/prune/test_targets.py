@@ -5,8 +5,9 @@ import pytest
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.prune.targets import Target, targets, written_out
-from ssmcompress.recipe import Prune, recipe
+from ssmcompress.recipe import recipe
 from ssmcompress.recipes import parse
+from ssmcompress.steps import Prune
 from tests.unit.arch.models import CONFIGS
 
 MAMBA, MAMBA2 = arch_for(CONFIGS["mamba"]), arch_for(CONFIGS["mamba2"])

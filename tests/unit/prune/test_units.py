@@ -12,7 +12,7 @@ from ssmcompress.calib.taps import observe
 from ssmcompress.prune import scores
 from ssmcompress.prune.sizes import best
 from ssmcompress.prune.units import Scorer, find_units, squared_gradients
-from ssmcompress.recipe import METHODS, Cut
+from ssmcompress.steps import METHODS, Cut
 from tests.unit.arch import models
 from tests.unit.arch.models import CONFIGS
 
@@ -36,10 +36,10 @@ def test_every_method_keeps_as_many_of_every_layer(name, axis, method):
     model, arch = models.ours(name), arch_for(CONFIGS[name])
     before = {key: parameter.clone() for key, parameter in model.named_parameters()}
     ids, after = models.tokens(3, 12), half(arch, axis)
-    found = find_units(model, arch, Cut(axis=axis, method=method, keep=after), after, ids)
+    found = find_units(model, arch, Cut(axis=axis, method=method, keep=after, correct="none"), after, ids)
     assert [(keep.axis, keep.layer, int(keep.keep.sum())) for keep in found] == [(axis, 0, after), (axis, 1, after)]
     assert all(torch.equal(parameter, before[key]) for key, parameter in model.named_parameters())
-    again = find_units(model, arch, Cut(axis=axis, method=method, keep=after), after, ids)
+    again = find_units(model, arch, Cut(axis=axis, method=method, keep=after, correct="none"), after, ids)
     assert all(torch.equal(one.keep, two.keep) for one, two in zip(found, again, strict=True))
     if axis == "head":
         assert all(len(set(keep.keep.view(arch.config.n_groups, -1).sum(1).tolist())) == 1 for keep in found)
@@ -49,7 +49,9 @@ def test_every_method_keeps_as_many_of_every_layer(name, axis, method):
 def test_each_block_is_scored_on_what_the_cut_blocks_before_it_make(name):
     model, arch, ids = models.ours(name), arch_for(CONFIGS[name]), models.tokens(3, 12)
     axis, module = ("channel", "conv1d") if name == "mamba" else ("head", "conv1d")
-    found = find_units(model, arch, Cut(axis=axis, method="minitron", keep=half(arch, axis)), half(arch, axis), ids)
+    found = find_units(
+        model, arch, Cut(axis=axis, method="minitron", keep=half(arch, axis), correct="none"), half(arch, axis), ids
+    )
     twin = models.ours(name)
     mask(twin, arch, found[:1])
     block, seen = arch.blocks(twin)[1], Activity(64 if name == "mamba" else 96)
@@ -162,7 +164,7 @@ def test_a_block_that_turns_nothing_has_no_distance():
 
 def test_the_walk_ends_where_the_smaller_model_does():
     model, arch, ids = models.ours("mamba2"), arch_for(CONFIGS["mamba2"]), models.tokens(1, 12)
-    found = find_units(model, arch, Cut(axis="head", keep=4), 4, ids)
+    found = find_units(model, arch, Cut(axis="head", keep=4, correct="none"), 4, ids)
     small, twin = Surgery(arch, found).operate(model), models.ours("mamba2")
     mask(twin, arch, found)
     with torch.no_grad():

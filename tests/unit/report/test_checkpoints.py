@@ -29,6 +29,15 @@ def test_the_dense_model_is_there_without_an_evaluation(models):
     assert found.nonzero < found.params
 
 
+def test_the_dense_model_of_a_cut_one_is_larger(models, tmp_path):
+    source = read([models["wanda"]])[1]
+    out = tmp_path / "cut"
+    ssmcompress.prune(str(models["wanda"]), axis="layer", keep=0.5, method="random", out=out, no_eval=True)
+    dense, found = read([out])
+    assert (dense.params, dense.weight_bytes) == (source.params, source.weight_bytes)
+    assert found.params < dense.params and found.weight_bytes < dense.weight_bytes
+
+
 def test_a_source_that_is_not_given_may_be_compressed_itself(models, tmp_path):
     wanda = models["wanda"]
     assert read([wanda])[0].dense

@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from ssmcompress.evaluate import results
 from ssmcompress.evaluate.compare import differences
 from ssmcompress.report.checkpoints import read
-from ssmcompress.report.measures import accuracy_interval, figures
+from ssmcompress.report.measures import figures
 from tests.unit.report import outputs
 
 
@@ -61,15 +60,6 @@ def test_other_items_are_not_paired(models, tmp_path):
     found = figures(read([wanda, dense, other])[1])
     assert named(found, "arc_easy_local acc").change is None
     assert named(found, "bits per byte").change.value == 0.0
-
-
-def test_an_accuracy_without_an_error_still_has_an_interval():
-    low, high = accuracy_interval(1.0, 0.0, 512)
-    assert high == pytest.approx(1.0) and 0.98 < low < 0.9999
-    binary = (0.3 * 0.7 / 99) ** 0.5
-    assert accuracy_interval(0.3, binary, 100) == tuple(stats.binomtest(30, 100).proportion_ci(method="wilson"))
-    assert accuracy_interval(0.5, 0.01, 128) == pytest.approx((0.5 - 0.0196, 0.5 + 0.0196), abs=1e-4)
-    assert accuracy_interval(0.99, 0.02, 128)[1] == 1.0
 
 
 def test_one_document_has_no_interval(models, tmp_path, monkeypatch):

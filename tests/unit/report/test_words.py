@@ -2,6 +2,7 @@
 
 import pytest
 
+from ssmcompress.events import size
 from ssmcompress.recipe import recipe
 from ssmcompress.report import words
 from ssmcompress.report.measures import Change, Figure
@@ -27,7 +28,7 @@ def test_a_step_in_words(step, brief, part):
 
 def test_numbers_in_words():
     assert words.count(2_397_696) == "2.40 million" and words.count(999) == "999"
-    assert words.size(7_458_304) == "7.46 MB" and words.size(12) == "12 bytes"
+    assert size(7_458_304) == "7.46 MB" and size(12) == "12 bytes"
     assert words.value(Figure(1.85861, "bits", (1.7825, 1.9706))) == "1.8586 [1.7825, 1.9706]"
     assert words.value(Figure(0.361, "share", (0.345, 0.378))) == "36.1% [34.5%, 37.8%]"
     assert words.value(Figure(48500.6, "plain", None, 66755.4)) == "48,501 ± 66,755"

@@ -1,0 +1,108 @@
+"""Speed of cut models beside the dense one, in one process on the same kernels: prefill and decoding at the 130M shape.
+
+python evals/bench/cuts.py [--repeats 5] [--quick] [--keep]
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import rivals
+import torch
+from torch import Tensor, nn
+
+from ssmcompress.arch.surgery import Surgery
+from ssmcompress.evaluate.speed import rounds
+from ssmcompress.events import Emit, Table, Terminal
+from ssmcompress.prune.sizes import first
+
+HERE = Path(__file__).parent
+CUTS = {
+    "mamba": (("channel", 0.5), ("state", 0.5), ("dt_rank", 0.5), ("layer", 0.75)),
+    "mamba2": (("head", 0.5), ("state", 0.5), ("layer", 0.75)),
+}
+AIMS = {("channel", 0.5): 1.7, ("head", 0.5): 1.7, ("layer", 0.75): 1.25}
+COLUMNS = ("", "dtype", "parameters in blocks", "state", "prefill", "by round", "aim", "decoding", "by round")
+STEPS = 16
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints, and keeps the table where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that all of it runs")
+    parser.add_argument("--keep", action="store_true", help="write results-cuts.md")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    shape = rivals.Shape(32, 4, 64, 4, 16, 8) if given.quick else rivals.Shape()
+    with Terminal() as tell:
+        rows = measured(shape, 24 if given.quick else given.length, 1 if given.quick else given.repeats, tell)
+    if given.keep:
+        lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        (HERE / "results-cuts.md").write_text(text + "\n", encoding="utf-8")
+
+
+def measured(shape: rivals.Shape, length: int, repeats: int, tell: Emit) -> list[tuple[str, ...]]:
+    """A row for every family, cut and dtype: what is left, and how many times faster than dense."""
+    rows = []
+    for family, cuts in CUTS.items():
+        arch = shape.arch(family)
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(0)
+            dense: Any = rivals.build(arch, "ours", dtype)
+            ids = rivals.tokens(arch, 1, length)
+            for axis, share in cuts:
+                size = arch.layers if axis == "layer" else arch.axes()[axis].size
+                surgery = Surgery(arch, first(arch, axis, int(size * share)))
+                small = surgery.operate(dense)
+                rows.append(
+                    (
+                        f"{family}, {axis} keep {share:g}",
+                        str(dtype).removeprefix("torch."),
+                        f"{entries(small) / entries(dense):.1%}",
+                        f"{surgery.arch.state_bytes() / arch.state_bytes():.1%}",
+                        *told(prefill, dense, small, ids, repeats),
+                        f"{AIMS.get((axis, share), '—')}",
+                        *told(decode, dense, small, ids[:, :8], repeats),
+                    )
+                )
+    tell(Table("Times faster than dense: CPU seconds of one thread, least of all rounds", COLUMNS, tuple(rows)))
+    return rows
+
+
+def told(task: Any, dense: nn.Module, small: nn.Module, ids: Tensor, repeats: int) -> tuple[str, str]:
+    """The ratio of the least times, and the lowest, middle and highest ratio within a round."""
+    works = {"dense": partial(task, dense, ids), "small": partial(task, small, ids)}
+    times = rounds(works, repeats, 1, clock=time.process_time)
+    pairs = sorted(a / b for a, b in zip(times["dense"], times["small"], strict=True))
+    spread = f"{pairs[0]:.2f}–{statistics.median(pairs):.2f}–{pairs[-1]:.2f}"
+    return f"{min(times['dense']) / min(times['small']):.2f}", spread
+
+
+def entries(model: Any) -> int:
+    """Parameters outside the embeddings."""
+    return sum(parameter.numel() for parameter in model.backbone.layers.parameters())
+
+
+@torch.no_grad()
+def prefill(model: Any, ids: Tensor) -> Tensor:
+    """The backbone, and the logits of the last token."""
+    return model(ids, use_cache=False, logits_to_keep=1).logits
+
+
+@torch.no_grad()
+def decode(model: Any, ids: Tensor) -> None:
+    """A short prompt and some tokens after it, one by one."""
+    cache = model(ids, use_cache=True).cache_params
+    for t in range(STEPS):
+        model(ids[:, t % ids.shape[1]][:, None], cache_params=cache, use_cache=True)
+
+
+if __name__ == "__main__":
+    main()

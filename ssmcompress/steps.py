@@ -1,0 +1,198 @@
+"""The steps of a recipe as data: one that sets weights to zero, and one that removes units."""
+
+import re
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+Scope = Literal["row", "tensor"]
+Method = Literal["wanda", "magnitude", "sparsegpt"]
+UNITS = ("taylor", "flap", "minitron", "magnitude", "random")
+METHODS = {  # of each axis, the usual one first
+    "state": ("ghost", "joint", "sparsessm", "last", "taylor", "magnitude", "random"),
+    "channel": UNITS,
+    "dt_rank": ("wanda", "taylor", "magnitude", "random"),
+    "head": UNITS,
+    "head_channel": UNITS,
+    "layer": ("shedder", "similarity", "random"),
+}
+REFITTED = ("channel", "head", "head_channel")
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Prune(Strict):
+    """Zeroes weights: a share of each tensor or row (half unless told), or M - N of every M inputs.
+
+    Scores compete over the whole tensor unless `scope` says row, for all modules or by module. WANDA's authors compare
+    within rows, which costs these models more: a row of in_proj is a channel, a state or a step size, of which the
+    model uses some far more than others (evals/results/scopes.md).
+    """
+
+    step: Literal["prune"] = "prune"
+    method: Method = "wanda"
+    sparsity: Ratio | None = None
+    pattern: str | None = None
+    scope: Scope | dict[str, Scope] | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    modules: dict[str, Ratio] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _half(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            values = {name: value for name, value in values.items() if name != "method" or value is not None}
+            if values.get("sparsity") is None and values.get("pattern") is None:
+                values["sparsity"] = 0.5
+        return values
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if isinstance(value, int) and value > 60:  # YAML 1.1 counts minutes and seconds
+            n, m = divmod(value, 60)
+            raise ValueError(f'must be in quotes: pattern: "{n}:{m}", for YAML reads {n}:{m} as a number')
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern(cls, value: str | None) -> str | None:
+        if value is not None:
+            n, _, m = value.partition(":")
+            if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+                raise ValueError("must be N:M, N of every M inputs kept, with 0 < N < M (2:4)")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Prune":
+        if self.pattern and self.modules:
+            raise ValueError("pattern and modules (ratios by module) exclude one another")
+        if self.pattern and self.sparsity is not None:
+            raise ValueError(f"pattern {self.pattern} and sparsity {self.sparsity} exclude one another")
+        if self.scope and (self.pattern or self.method == "sparsegpt"):
+            cause = "a pattern" if self.pattern else "sparsegpt"
+            raise ValueError(f"scope has no meaning with {cause}, which has groups of its own")
+        return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the scores need calibration text."""
+        return self.method != "magnitude"
+
+    @property
+    def new_values(self) -> bool:
+        """Whether weights that stay get new values."""
+        return self.method == "sparsegpt"
+
+
+class Cut(Strict):
+    """Removes units of an axis from every layer, or whole layers: those of which the method makes least.
+
+    `keep` is the share that stays (up to 1) or their number (above 1); `target` a budget: params=75%, state=50% or
+    memory=500MB, of the whole model. `correct` makes up for what went: refit solves each out_proj for the dense block's
+    output, and is usual for channels and heads; rescale corrects the norm that heads share. `any_size` lets sizes pass
+    that kernels run slowly or not at all.
+    """
+
+    step: Literal["prune"] = "prune"
+    axis: Literal["state", "channel", "dt_rank", "head", "head_channel", "layer"]
+    method: str | None = None
+    keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    target: str | None = None
+    correct: Literal["none", "rescale", "refit"] | None = None
+    any_size: bool = False
+
+    @field_validator("target")
+    @classmethod
+    def _target(cls, value: str | None) -> str | None:
+        if value is not None:
+            budget(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Cut":
+        if (self.keep is None) == (self.target is None):
+            raise ValueError(f"an axis needs either keep or target, to say how many units of {self.axis} stay")
+        if self.correct == "rescale" and self.axis not in ("head", "head_channel"):
+            raise ValueError(f"rescale corrects the norm that heads share; the axis {self.axis} has none")
+        if self.correct == "refit" and self.axis == "layer":
+            raise ValueError("refit needs a block whose output projection stays; the axis layer leaves none")
+        if self.method not in (None, *METHODS[self.axis]):
+            near = get_close_matches(str(self.method), METHODS[self.axis], n=1)
+            known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS[self.axis])}"
+            raise ValueError(f"the axis {self.axis} has no method {self.method!r}: {known}")
+        return self
+
+    @property
+    def criterion(self) -> str:
+        """The method, or the axis's usual one, chosen on the validation novel (evals/axes.py)."""
+        return self.method or METHODS[self.axis][0]
+
+    @property
+    def correction(self) -> str:
+        """What makes up for the units that went; usually a refit where it helped on the validation novel."""
+        return self.correct or ("refit" if self.axis in REFITTED else "none")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the scores need calibration text."""
+        return self.new_values or self.criterion not in ("magnitude", "last", "random")
+
+    @property
+    def new_values(self) -> bool:
+        """Whether weights that stay get new values."""
+        return self.correction != "none"
+
+
+def budget(text: str) -> tuple[str, float, bool]:
+    """What "params=75%", "state=50%" or "memory=500MB" bounds, the bound, and whether it is a share; ValueError."""
+    found = re.fullmatch(r"(params|state|memory)=(\d+(?:\.\d+)?) ?(%|[KMGT]?B?)", text.replace(",", ""))
+    if not found:
+        raise ValueError("must be params=, state= or memory= with a share (75%) or an amount (100M, 500MB)")
+    value, unit = float(found[2]), found[3]
+    if unit == "%":
+        return found[1], value / 100, True
+    return found[1], value * 1000 ** "KMGT".index(unit[0]) * 1000 if unit[:1] in tuple("KMGT") else value, False
+
+
+def _kind(step: Any) -> str:
+    named = "axis" in step if isinstance(step, dict) else isinstance(step, Cut)
+    return "cut" if named else "prune"
+
+
+Step = Annotated[Annotated[Prune, Tag("prune")] | Annotated[Cut, Tag("cut")], Discriminator(_kind)]
+
+
+def usual_scope(method: str, module: str) -> Scope:
+    """Where scores compete unless a step says otherwise."""
+    # the rows of a head are words, and none of them may go for another
+    return "row" if module == "lm_head" and method == "wanda" else "tensor"
+
+
+def beyond_defaults(step: Step) -> dict[str, Any]:
+    """What a step says that is not usual, be it written out or left out."""
+    said = step.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(step, Cut):
+        return said | {"method": step.criterion, "correct": step.correction}
+    scope = said.pop("scope", None)
+    if isinstance(scope, dict):
+        scope = {module: each for module, each in scope.items() if each != usual_scope(step.method, module)}
+    elif scope is not None:
+        named = {*step.include, *step.modules} - {*step.exclude} | {"in_proj"}
+        scope = None if all(usual_scope(step.method, module) == scope for module in named) else scope
+    return said | ({"scope": scope} if scope else {})
+
+
+def step_kind(step: Any) -> type[Prune] | type[Cut]:
+    """Which step a mapping describes: one with an axis removes units, another zeroes weights."""
+    return Cut if _kind(step) == "cut" else Prune
