@@ -4,13 +4,21 @@ from pathlib import Path
 
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.source import resolve
-from ssmcompress.evaluate.comparison import compare
-from ssmcompress.evaluate.evaluation import evaluate
+from ssmcompress.evaluate.comparison import compare, require_known
+from ssmcompress.evaluate.evaluation import evaluate, measures
 from ssmcompress.evaluate.results import NAME
 from ssmcompress.events import Emit, ignore
 from ssmcompress.recipe import Recipe
 
 DENSE, COMPRESSED, COMPARISON = "dense", "compressed", "comparison"
+
+
+def foresee(recipe: Recipe) -> None:
+    """InputError, before anything is computed, for an eval section or a gate of a recipe that will not do."""
+    assert recipe.eval is not None
+    found = measures(**recipe.eval.model_dump())
+    if recipe.gate:
+        require_known(recipe.gate.max_drop, found)
 
 
 def assess(recipe: Recipe, folder: Path, emit: Emit = ignore) -> None:

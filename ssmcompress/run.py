@@ -15,7 +15,7 @@ from ssmcompress import edits as editing
 from ssmcompress import record
 from ssmcompress.arch.base import mixers
 from ssmcompress.arch.surgery import Surgery
-from ssmcompress.assess import assess, left_to_assess
+from ssmcompress.assess import assess, foresee, left_to_assess
 from ssmcompress.calib import data
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.layout import EMBEDDING
@@ -93,6 +93,7 @@ def run(
         recipe = read(recipe, overrides)
     if recipe.eval is None or no_eval:
         return _compress(recipe, out, overwrite=overwrite, measure=not no_eval, emit=emit)
+    foresee(recipe)
     folder = expanded(out)
     if not overwrite and left_to_assess(recipe, folder):
         emit(Note(f"{out} is there already: only what is left of its evaluation is done."))

@@ -20,7 +20,7 @@ from ssmcompress.errors import BackendError, InputError
 from ssmcompress.evaluate import speed as timing
 from ssmcompress.evaluate import suites
 from ssmcompress.evaluate.finished import Measures
-from ssmcompress.evaluate.results import Item, Summary, TaskScore, recall_items
+from ssmcompress.evaluate.results import TEXT, Item, Summary, TaskScore, recall_items, recall_measure
 from ssmcompress.events import Emit, Finished, Metric, Note, Table, ignore, number
 from ssmcompress.measure import recall as probes
 from ssmcompress.measure import text
@@ -58,7 +58,7 @@ class Asked:
 def evaluate(
     model: str,
     *,
-    perplexity: str | None = "default",
+    perplexity: str | None = None,
     recall: bool = False,
     tasks: Sequence[str] = (),
     suite: str | None = None,
@@ -80,6 +80,7 @@ def evaluate(
 ) -> Summary:
     """Measures a checkpoint as it lies on disk; with `out`, summary.json and the scores of every item are kept.
 
+    Asked for nothing, it measures perplexity on the shipped text ("default").
     Tasks are lm-eval's, one after another; asked for again, an interrupted run goes on after the last finished one.
     Speed is measured last and told in speed.json; `against` is a second model, timed in turns with this one.
     Raises InputError for a model without a tokenizer or that gives NaN, a text or task that cannot be read, or an
@@ -87,13 +88,16 @@ def evaluate(
     """
     require_seed(seed)
     timing.parsed(lengths)
-    chosen = suites.read(suite) if suite else suites.Suite()
-    entries = chosen.with_tasks(tasks).entries(limit, num_fewshot)
-    perplexity = perplexity or chosen.perplexity
-    documents = text.documents(perplexity, limit or chosen.limit) if perplexity else []
-    harness = _harness(entries, include_path) if entries else None
-    asked = Asked(documents, recall or chosen.recall, entries, harness, length, batch_size, seed)
+    if not (perplexity or recall or tasks or suite or speed):
+        perplexity = "default"
+    settings = length, batch_size, seed
+    chosen, asked = _asked(perplexity, recall, tasks, suite, include_path, limit, num_fewshot, settings)
+    if chosen.empty and not (speed or against):
+        raise InputError("Nothing is asked for.", hint="Name a text, tasks, or a suite that holds something.")
+    perplexity, documents, harness = chosen.perplexity, asked.documents, asked.harness
     source = resolve(model)
+    if against:
+        resolve(against)  # before anything is measured
     record = describe(source)
     key = asked.key(model=record.sha256, device=device, dtype=dtype, backend=backend)
     writing = {"overwrite": overwrite, "source": source, "resumable": True, "recipe_hash": key}
@@ -124,6 +128,43 @@ def evaluate(
     if out is not None:
         emit(Finished(str(out)))
     return summary
+
+
+def measures(
+    *,
+    perplexity: str | None = None,
+    recall: bool = False,
+    tasks: Sequence[str] = (),
+    suite: str | None = None,
+    include_path: str | Path | None = None,
+    **_: Any,
+) -> list[str]:
+    """What `evaluate` would measure, as samples.jsonl calls it, without a model; InputError where it would refuse."""
+    chosen, asked = _asked(perplexity, recall, tasks, suite, include_path)
+    if chosen.empty:
+        raise InputError("The eval section measures nothing.", hint="Name a text, tasks or a suite, or leave it out.")
+    found = [TEXT] * bool(asked.documents) + [recall_measure(*probe) for probe in probes.PROBES] * asked.recall
+    return found + [name for names in (asked.harness.measures.values() if asked.harness else ()) for name in names]
+
+
+def _asked(
+    perplexity: str | None,
+    recall: bool,
+    tasks: Sequence[str],
+    suite: str | None,
+    include_path: str | Path | None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    settings: tuple[int, int, int] = (512, 8, 0),
+) -> tuple[suites.Suite, Asked]:
+    """What is asked for, the suite's and one's own, and its texts and tasks, read."""
+    chosen = (suites.read(suite) if suite else suites.Suite()).with_tasks(tasks)
+    more = {"perplexity": perplexity or chosen.perplexity, "recall": recall or chosen.recall}
+    chosen = chosen.model_copy(update=more)
+    entries = chosen.entries(limit, num_fewshot)
+    documents = text.documents(chosen.perplexity, limit or chosen.limit) if chosen.perplexity else []
+    harness = _harness(entries, include_path) if entries else None
+    return chosen, Asked(documents, chosen.recall, entries, harness, *settings)
 
 
 def _harness(entries: Sequence[suites.Entry], include_path: str | Path | None) -> Any:

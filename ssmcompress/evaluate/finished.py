@@ -24,7 +24,7 @@ class Measures:
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure` returns, in JSON's types; it is called where no earlier run has finished it."""
         path = self._folder / f"{name.replace('/', '__')}.json"
-        if not path.exists():
+        if not _whole(path):
             part = path.with_suffix(".part")
             part.write_text(json.dumps(measure(), allow_nan=False), encoding="utf-8")
             part.rename(path)
@@ -35,4 +35,14 @@ class Measures:
         return kept(self._folder, *beside)
 
     def _names(self) -> list[str]:
-        return [path.stem for path in sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)]
+        files = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return [path.stem for path in files if _whole(path)]
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file is there and can be read: after a power cut it may be there, and empty."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -48,25 +49,33 @@ class Harness:
             self._tasks = TaskManager(include_path=self._paths, include_defaults=False)
             if not set(names) <= set(self._tasks.all_subtasks):  # reading lm-eval's thousands of files takes seconds
                 self._tasks = TaskManager(include_path=self._paths)
+        self.measures: dict[str, tuple[str, ...]] = {}  # of each task, as samples.jsonl calls them
         for name in names:
-            self._require(name)
+            found = self._required(name)
+            if twice := found.keys() & self.measures.keys():
+                raise InputError(
+                    f"The task {name} measures again what another one does: {', '.join(sorted(twice))}.",
+                    hint="Name a group, or tasks of it.",
+                )
+            self.measures |= found
 
-    def _require(self, name: str) -> None:
-        """InputError or ResourceError for a task that is not there, or whose data cannot be had."""
+    def _required(self, name: str) -> dict[str, tuple[str, ...]]:
+        """The measures of a task or of each in a group.
+
+        Raises InputError or ResourceError for one that is not there, or whose data cannot be had.
+        """
         if name not in self._tasks.all_tasks:
             close = difflib.get_close_matches(name, self._tasks.all_tasks, n=3)
             hint = f"Did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists them."
             raise InputError(f"There is no task {name!r}.", hint=hint)
         with _readable(name), quiet(_nothing):
             try:
-                self._tasks.load([name])
+                loaded = self._tasks.load([name])["tasks"]
+                return {task: _measures(task, made) for task, made in loaded.items()}
             except (OSError, ImportError, HfHubHTTPError, MemoryError):
                 raise
             except Exception as error:  # a task may run any code of its own
-                raise InputError(
-                    f"The task {name} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}.",
-                    hint="Check its YAML file against lm-eval's task guide.",
-                ) from error
+                raise _unfit(name, "cannot be loaded", error) from error
 
     def identity(self) -> dict[str, Any]:
         """What decides the prompts and scores: versions, and the hashes of the task files beside lm-eval's own."""
@@ -103,6 +112,10 @@ class Harness:
                 )
             except OverflowError as error:
                 raise no_number(checkpoint.source.name, entry.task) from error
+            except Exception as error:
+                if not _from(error, self._paths[1:]):
+                    raise
+                raise _unfit(entry.task, "fails in code of its own", error) from error
             result = scored(found, entry)
             samples = found.pop("samples")
             tracker.save_results_aggregated(results=found, samples=samples)
@@ -208,6 +221,30 @@ def no_number(model: str, task: str) -> InputError:
 
 def _nothing(_: Any) -> None:
     pass
+
+
+def _measures(task: str, made: Any) -> tuple[str, ...]:
+    """What the items of a loaded task are called: by metric and filter."""
+    filters = [each.name for each in getattr(made, "_filters", ())] or ["none"]
+    return tuple(
+        f"{task}/{metric}" + ("" if name == "none" else f",{name}") for name in filters for metric in made.aggregation()
+    )
+
+
+def _from(error: BaseException, folders: Sequence[str]) -> bool:
+    """Whether an error passed through Python files in these folders, or comes from a template of a YAML."""
+    files = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
+    own = any(file.is_relative_to(Path(folder).resolve()) for file in files for folder in folders)
+    return own or type(error).__module__.startswith("jinja2")
+
+
+def _unfit(task: str, why: str, error: Exception) -> InputError:
+    """The error of a task that is not written as lm-eval wants it."""
+    said = " ".join(str(error).split())
+    return InputError(
+        f"The task {task} {why}: {type(error).__name__}{f': {said}' if said else ''}.",
+        hint="Check its files against lm-eval's task guide.",
+    )
 
 
 @contextmanager

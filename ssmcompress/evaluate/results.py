@@ -166,10 +166,15 @@ def text_items(likelihood: Perplexity | None) -> list[Item]:
     ]
 
 
+def recall_measure(probe: str, load: int) -> str:
+    """What the items of a memory probe are called."""
+    return f"recall/{probe}-{load}"
+
+
 def recall_items(memory: Sequence[Recall]) -> list[Item]:
     """The items of the memory probes: the share of right tokens of each."""
     return [
-        Item(measure=f"recall/{probe.probe}-{probe.load}", kind="accuracy", item=item, value=hit, weight=1)
+        Item(measure=recall_measure(probe.probe, probe.load), kind="accuracy", item=item, value=hit, weight=1)
         for probe in memory
         for item, hit in zip(probe.item_sha256, probe.hits, strict=True)
     ]
@@ -205,7 +210,7 @@ def read(folder: str | Path) -> Results:
     scores = {score.measure: score for score in summary.tasks}
     chances = {name: score.chance for name, score in scores.items()}
     try:
-        chances |= {f"recall/{probe['probe']}-{probe['load']}": probe["chance"] for probe in summary.recall}
+        chances |= {recall_measure(probe["probe"], probe["load"]): probe["chance"] for probe in summary.recall}
     except KeyError as error:
         raise InputError(f"{folder / NAME} has a memory probe without {error}.", hint=HINT) from None
     found: dict[str, list[Item]] = {}

@@ -212,9 +212,12 @@ def tell(found: Speed, emit: Emit) -> None:
 def parsed(lengths: str) -> tuple[int, ...]:
     """The lengths of `128,512`; InputError for what is none."""
     try:
-        return tuple(int(length) for length in lengths.split(","))
+        found = tuple(int(length) for length in lengths.split(","))
     except ValueError:
         raise InputError(f"--lengths {lengths} holds no numbers.", hint="For example --lengths 128,512.") from None
+    if min(found) < 1:
+        raise InputError(f"--lengths holds {min(found)}; expected at least 1.", hint="For example --lengths 128,512.")
+    return found
 
 
 def rounds(

@@ -3,9 +3,10 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ssmcompress.errors import InputError
 from ssmcompress.paths import expanded
@@ -35,6 +36,19 @@ class Suite(BaseModel):
     recall: bool = False
     limit: int | None = Field(default=None, ge=1)
     num_fewshot: int | None = Field(default=None, ge=0)
+
+    @field_validator("tasks")
+    @classmethod
+    def _once(cls, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+        tasks = [entry.task for entry in entries]
+        if twice := [task for task in dict.fromkeys(tasks) if tasks.count(task) > 1]:
+            raise ValueError(f"there twice: {', '.join(twice)}; write another suite for other settings")
+        return entries
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is measured."""
+        return not (self.tasks or self.perplexity or self.recall)
 
     def with_tasks(self, names: Sequence[str]) -> "Suite":
         """The suite and these tasks beside it, each once."""
@@ -75,16 +89,29 @@ def read(name: str) -> Suite:
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise InputError(f"There is no suite {name!r}.", hint=f"{hint}Shipped are {', '.join(names())}.")
     path = shipped(f"{name}.yaml") if name in names() else expanded(name)
+    hint = f"Shipped are {', '.join(names())}: see {shipped(TASKS).parent}."
     try:
         return Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise InputError(f"The suite {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"The suite {path} is not UTF-8 text.", hint=hint) from error
     except yaml.YAMLError as error:
         raise InputError(f"The suite {path} is not YAML: {' '.join(str(error).split())}.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"The suite {path}: {where}: {first['msg']}.", hint="See the shipped suites.") from error
+        raise InputError(f"The suite {path}: {'; '.join(map(_mistake, error.errors()))}.", hint=hint) from error
+
+
+def _mistake(found: Any) -> str:
+    """One of pydantic's errors in a sentence."""
+    where = ".".join(map(str, found["loc"])) or "the file"
+    if found["type"] == "model_type":
+        return f"{where}: expected a mapping" + (", such as {task: NAME}" if found["loc"] else ", with tasks:")
+    if found["type"] == "extra_forbidden":
+        known = (Entry if found["loc"][0] == "tasks" else Suite).model_fields
+        close = difflib.get_close_matches(str(found["loc"][-1]), known, n=1)
+        return f"{where}: there is no such key" + (f", did you mean {close[0]!r}?" if close else "")
+    return f"{where}: {found['msg'].removeprefix('Value error, ')}"
 
 
 def _first(*values: int | None) -> int | None:

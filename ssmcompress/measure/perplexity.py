@@ -14,6 +14,7 @@ from ssmcompress.errors import InputError
 from ssmcompress.events import Advance, Emit, Note, Phase, ignore
 
 RESAMPLES = 2000
+CHUNK = 2**21  # resampled documents in memory at a time
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,9 @@ def _groups(order: list[int], parts: list[list[int]], batch: int) -> list[list[i
 
 def _resample(table: np.ndarray, seed: int) -> np.ndarray:
     rng = np.random.Generator(np.random.PCG64(seed))
-    picks = rng.integers(len(table), size=(RESAMPLES, len(table)))
-    return table[picks].sum(1)
+    most = max(1, CHUNK // len(table))
+    sizes = [min(most, RESAMPLES - start) for start in range(0, RESAMPLES, most)]
+    return np.concatenate([table[rng.integers(len(table), size=(size, len(table)))].sum(1) for size in sizes])
 
 
 def _interval(draws: np.ndarray) -> tuple[float, float]:

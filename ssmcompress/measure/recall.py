@@ -14,6 +14,7 @@ from ssmcompress.measure.interval import accuracy_interval
 
 COPY_LENGTHS = (8, 12, 16, 20)
 PAIRS = (2, 4, 8)
+PROBES = (*(("copy", length) for length in COPY_LENGTHS), *(("key-value", pairs) for pairs in PAIRS))
 
 
 @dataclass(frozen=True)

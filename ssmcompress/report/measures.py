@@ -86,7 +86,8 @@ def _likelihoods(each: Checkpoint) -> dict[Measure, tuple[Figure, list[DocumentS
         summary = evaluation.summary
         if summary.bits_per_byte is not None:
             documents = _documents(evaluation.results)
-            figure = Figure(summary.bits_per_byte, "bits", summary.bits_per_byte_interval)
+            held = summary.bits_per_byte_interval if len(documents) != 1 else None
+            figure = Figure(summary.bits_per_byte, "bits", held)
             key = ("text", summary.text_sha256, summary.length)
             about = _text_words(evaluation, len(documents))
             found.setdefault(Measure("likelihood", key, "bits per byte", about), (figure, documents))
@@ -114,7 +115,7 @@ def _documents(results: Results) -> list[DocumentScore]:
 def _text_words(evaluation: Evaluation, documents: int) -> str:
     summary = evaluation.summary
     text = "the shipped Wikipedia pages (test split of WikiText-2)" if summary.text == "default" else summary.text
-    count = f"{documents} documents of " if documents else ""
+    count = f"{documents} document{'s' * (documents > 1)} of " if documents else ""
     return f"{count}{text}, every byte, in windows of {summary.length} tokens"
 
 

@@ -7,7 +7,7 @@ import yaml
 
 import ssmcompress
 from ssmcompress.checkpoint import manifest
-from ssmcompress.errors import GateError
+from ssmcompress.errors import InputError
 from ssmcompress.events import Note
 from ssmcompress.recipes import shipped
 
@@ -68,10 +68,21 @@ def test_a_run_goes_on_where_it_was_interrupted(mine, tmp_path, moment):
         assert (tmp_path / "out" / "eval" / name).read_bytes() == (whole / "eval" / name).read_bytes()
 
 
-def test_a_gate_on_a_measure_there_is_not_is_an_error_of_the_recipe(mine, tmp_path):
-    with pytest.raises(Exception, match="text/bits_per_bite") as refused:
-        ssmcompress.run(mine, ["gate.max_drop={text/bits_per_bite: 0.1}"], out=tmp_path / "out")
-    assert not isinstance(refused.value, GateError) and refused.value.exit_code == 2
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("gate.max_drop={text/bits_per_bite: 0.1}", "text/bits_per_bite"),
+        ("gate.max_drop={arc_easy_local: 0.1}", "arc_easy_local"),
+        ("eval.tasks=[arc_eazy_local]", "arc_eazy_local"),
+        ("eval.suite=smok", "smok"),
+        ("eval.perplexity=nowhere.txt", "nowhere.txt"),
+        ("eval.perplexity=null", "measures nothing"),
+    ],
+)
+def test_what_a_recipe_cannot_measure_is_told_before_anything_is_done(mine, tmp_path, override, said):
+    with pytest.raises(InputError, match=said):
+        ssmcompress.run(mine, [override], out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -81,9 +81,52 @@ def test_documents_are_kept_for_paired_tests(folder, documents, tmp_path):
     assert [event.name for event in events if isinstance(event, Metric)] == ["bits per byte", "token perplexity"]
 
 
+def test_one_document_has_no_interval(folder, documents):
+    events = []
+    found = ssmcompress.evaluate(folder, perplexity=documents, limit=1, emit=events.append)
+    assert (found.bits_per_byte_interval, found.perplexity_interval) == (None, None)
+    assert all(event.low is None for event in events if isinstance(event, Metric))
+
+
 def test_fewer_documents_are_the_first_ones(folder, documents):
     some = ssmcompress.evaluate(folder, perplexity=documents, limit=2)
     assert some.text_sha256 != ssmcompress.evaluate(folder, perplexity=documents).text_sha256
+
+
+def test_only_what_is_asked_for_is_measured_and_else_the_shipped_text(folder, monkeypatch):
+    monkeypatch.setattr(evaluation.text, "documents", lambda *_: ["w1 w2 w3", "w4 w5"])
+    assert ssmcompress.evaluate(folder).text == "default"
+    found = ssmcompress.evaluate(folder, tasks=["openbookqa_local"], limit=1)
+    assert (found.text, len(found.tasks)) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"suite": "nothing.yaml"}, "Nothing is asked for"),
+        ({"against": "ref:mamba3"}, "mamba3"),
+        ({"speed": True, "lengths": "0,5"}, "--lengths holds 0"),
+    ],
+)
+def test_what_will_not_do_is_refused_before_the_model_is_read(folder, tmp_path, monkeypatch, asked, said):
+    (tmp_path / "nothing.yaml").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "load", lambda *_, **__: pytest.fail("the model was read"))
+    with pytest.raises(InputError, match=said):
+        ssmcompress.evaluate(folder, out=tmp_path / "out", **asked)
+
+
+def test_the_measures_are_known_before_anything_is_measured(documents):
+    found = evaluation.measures(perplexity=documents, recall=True, tasks=["arc_easy_local"])
+    assert found == [
+        "text/bits_per_byte",
+        *(f"recall/copy-{length}" for length in (8, 12, 16, 20)),
+        *(f"recall/key-value-{pairs}" for pairs in (2, 4, 8)),
+        "arc_easy_local/acc",
+        "arc_easy_local/acc_norm",
+    ]
+    with pytest.raises(InputError, match="measures nothing"):
+        evaluation.measures()
 
 
 def test_a_model_without_a_tokenizer_is_refused(documents, tmp_path):

@@ -245,6 +245,61 @@ def test_a_task_that_is_wrong_is_refused(tmp_path):
         Harness(["odd"], tmp_path / "nowhere")
 
 
+OWN_CODE = """
+task: own
+custom_dataset: !function code.documents
+output_type: loglikelihood
+test_split: test
+doc_to_text: "The"
+doc_to_target: " x"
+process_results: !function code.{function}
+metric_list:
+  - metric: ppl
+    aggregation: perplexity
+    higher_is_better: false
+"""
+CODE = """
+from datasets import Dataset
+
+def documents(**_):
+    return {"test": Dataset.from_list([{"text": str(i)} for i in range(2)])}
+
+def right(doc, results):
+    return {"ppl": results[0][0]}
+
+def wrong(doc, results):
+    return {"ppl": doc["answer"]}
+"""
+
+
+@pytest.mark.parametrize("function", ["right", "wrong"])
+def test_a_mistake_in_the_code_of_a_task_is_the_tasks(checkpoints, tmp_path, function):
+    (tmp_path / "own.yaml").write_text(OWN_CODE.format(function=function))
+    (tmp_path / "code.py").write_text(CODE)
+    tasks = Harness(["own"], tmp_path)
+    assert tasks.measures == {"own": ("own/ppl",)}
+    run = {"batch_size": 2, "seed": 0, "emit": ignore}
+    if function == "right":
+        assert tasks.run(checkpoints["mamba"], Entry(task="own"), tmp_path / "out", **run).scores[0].metric == "ppl"
+        return
+    with pytest.raises(InputError, match="The task own fails in code of its own: KeyError: 'answer'"):
+        tasks.run(checkpoints["mamba"], Entry(task="own"), tmp_path / "out", **run)
+
+
+def test_a_mistake_of_ours_is_no_tasks(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(Model, "answered", lambda *_: {}["ours"])
+    run = {"batch_size": 2, "seed": 0, "emit": ignore}
+    with pytest.raises(KeyError, match="ours"):
+        Harness(["arc_easy_local"]).run(checkpoints["mamba"], Entry(task="arc_easy_local", limit=1), tmp_path, **run)
+
+
+def test_a_task_beside_its_group_is_refused(tmp_path):
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [arc_easy_local, openbookqa_local]\n")
+    assert set(Harness(["both"], tmp_path).measures) == {"arc_easy_local", "openbookqa_local"}
+    with pytest.raises(InputError, match=r"arc_easy_local measures again .*: arc_easy_local"):
+        Harness(["both", "arc_easy_local"], tmp_path)
+
+
 def overflowing():
     """A checkpoint of finite weights whose logits are NaN."""
     checkpoint = load("ref:mamba", dtype=torch.float32)

@@ -32,11 +32,25 @@ def test_what_is_given_goes_before_what_the_suite_says():
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("tasks: [", "not YAML"), ("task: a", "task"), ("tasks: [{task: a, limit: 0}]", "limit"), ("- a", "valid dict")],
+    [
+        ("tasks: [", "not YAML"),
+        ("task: a", "task"),
+        ("tasks: [{task: a, limit: 0}]", "limit"),
+        ("- a", "the file: expected a mapping"),
+        ("tasks: [a]", "tasks.0: expected a mapping, such as {task: NAME}"),
+        ("tasks: [{task: a, limt: 3}]\nrecal: true", "did you mean 'limit'.; recal: .*did you mean 'recall'"),
+        ("tasks: [{task: a}, {task: b}, {task: a, num_fewshot: 5}]", "tasks: there twice: a;"),
+    ],
 )
 def test_a_suite_that_is_wrong_is_refused(tmp_path, text, said):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(InputError, match=said):
+        suites.read(str(tmp_path / "mine.yaml"))
+
+
+def test_a_suite_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not UTF-8"):
         suites.read(str(tmp_path / "mine.yaml"))
 
 

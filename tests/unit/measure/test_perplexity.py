@@ -7,6 +7,7 @@ import torch
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate.evaluation import tell_perplexity
 from ssmcompress.events import Note
+from ssmcompress.measure import perplexity as module
 from ssmcompress.measure.perplexity import paired_difference, perplexity, summarise
 from tests.unit.measure.fakes import TOKENIZER, VOCABULARY, Seer
 
@@ -97,3 +98,10 @@ def test_results_on_different_texts_are_not_compared():
 def test_a_text_without_tokens_is_refused():
     with pytest.raises(InputError, match="no token"):
         perplexity(Seer(0.0), TOKENIZER, [""])
+
+
+def test_resampling_in_parts_draws_the_same(monkeypatch):
+    table = np.random.default_rng(0).random((37, 3))
+    whole = module._resample(table, 5)
+    monkeypatch.setattr(module, "CHUNK", 37 * 3)
+    assert np.array_equal(module._resample(table, 5), whole) and whole.shape == (module.RESAMPLES, 3)

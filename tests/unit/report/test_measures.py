@@ -60,3 +60,14 @@ def test_other_items_are_not_paired(models, tmp_path):
     found = figures(read([wanda, dense, other])[1])
     assert named(found, "arc_easy_local acc").change is None
     assert named(found, "bits per byte").change.value == 0.0
+
+
+def test_one_document_has_no_interval(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "DOCUMENTS", 1)
+    wanda = models["wanda"]
+    dense = outputs.evaluation(tmp_path / "r0", outputs.source_of(wanda), "source")
+    other = outputs.evaluation(tmp_path / "r1", outputs.weights_of(wanda), "w", loss=0.05)
+    found = figures(read([wanda, dense, other])[1])
+    figure = named(found, "bits per byte")
+    assert figure.interval is None and figure.change.interval is None and figure.change.value == pytest.approx(0.05)
+    assert next(each.about for each in found if each.name == "bits per byte").startswith("1 document of")
