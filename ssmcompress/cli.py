@@ -222,7 +222,6 @@ def evaluate(
     backend: Kernels = "auto",
 ) -> None:
     """Measure a checkpoint as it lies on disk."""
-    perplexity = perplexity or (None if recall or tasks or suite or speed else SHIPPED)
     _call("evaluate", **locals() | {"tasks": tuple(name for name in (tasks or "").split(",") if name)})
 
 
