@@ -66,6 +66,11 @@ class Arch(ABC):
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
 
+    @classmethod
+    def config_class(cls) -> type[PreTrainedConfig]:
+        """The class of its config."""
+        return cls.stock_config if cls.stock or cls.pruned_config is None else cls.pruned_config
+
     @property
     def projections(self) -> tuple[str, ...]:
         """The prunable modules that are matrices: everything but the short convolution."""

@@ -1,11 +1,22 @@
 """Models whose blocks have sizes of their own: the families of Mamba and Mamba-2, by the config written beside them."""
 
+from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from ssmcompress.arch import modeling_ssmcompress as modeling
 from ssmcompress.arch.base import Arch, adopt
 from ssmcompress.arch.mamba import Mamba, MambaMixer
 from ssmcompress.arch.mamba2 import Mamba2, Mamba2Mixer, Mamba2Model
+
+CODE = Path(modeling.__file__)  # what must lie beside the weights, so that they load without this package
+
+
+def auto_map(model: PreTrainedModel) -> dict[str, str]:
+    """Where the classes of a pruned model are found in `CODE`, as its config.json tells transformers."""
+    found = {"AutoConfig": type(model.config).__name__, "AutoModelForCausalLM": type(model).__name__}
+    return {kind: f"{CODE.stem}.{name}" for kind, name in found.items()}
 
 
 class PrunedMambaForCausalLM(modeling.PrunedMambaForCausalLM):

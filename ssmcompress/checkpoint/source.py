@@ -11,7 +11,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -64,7 +63,7 @@ class Source:
             if self.layout == "mamba_ssm":
                 config = layout.hf_config(raw)
             else:
-                config = CONFIG_MAPPING[raw["model_type"]].from_pretrained(self.folder, local_files_only=True)
+                config = family(raw["model_type"]).config_class().from_pretrained(self.folder, local_files_only=True)
         except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
             cause = str(error.__cause__ or error).strip().splitlines()[-1].strip()
             raise InputError(f"{path} is not a valid config: {cause}") from error

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from ssmcompress.arch.pruned import CODE
+from ssmcompress.arch.registry import arch_for
 from ssmcompress.checkpoint.source import Checkpoint, load
 from ssmcompress.errors import InputError, SsmcompressError, UnsupportedError
 
@@ -27,6 +29,7 @@ class Verification:
     tolerance: float
     transformers: float | None
     ssmcompress: float | None
+    trust_remote_code: bool = False  # whether transformers ran the code that lies in the folder
 
     @property
     def loaders(self) -> tuple[Loader, ...]:
@@ -38,16 +41,20 @@ class Verification:
 def verify(folder: Path, model: PreTrainedModel, *, stock: bool = True) -> Verification:
     """Loads the folder in float32 with `AutoModelForCausalLM` (where `stock`) and with `load`, and compares logits.
 
+    Where the config is none of transformers', that runs the code in the folder, which must be what this package writes.
     SsmcompressError where a loader fails, leaves a weight to chance, or differs by more than 1e-4 of the largest logit.
     """
-    wanted = logits(model)
+    wanted, own = logits(model), stock and not arch_for(model.config).stock
+    if own and (folder / CODE.name).read_bytes() != CODE.read_bytes():
+        raise _failed("transformers", f"{CODE.name} is not as this version of ssmcompress writes it")
     with _quiet():  # the stock model would tell, every time, which kernels it does without
-        theirs = _difference("transformers", _stock(folder), wanted) if stock else None
+        theirs = _difference("transformers", _stock(folder, own), wanted) if stock else None
     try:
         ours = load(str(folder), dtype=torch.float32, device=model.device).model
     except (InputError, UnsupportedError) as error:
         raise _failed("ssmcompress", error.message) from error
-    return Verification(wanted.shape[0] * wanted.shape[1], TOLERANCE, theirs, _difference("ssmcompress", ours, wanted))
+    tokens, difference = wanted.shape[0] * wanted.shape[1], _difference("ssmcompress", ours, wanted)
+    return Verification(tokens, TOLERANCE, theirs, difference, trust_remote_code=own)
 
 
 def require_finite(checkpoint: Checkpoint) -> None:
@@ -94,10 +101,10 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _stock(folder: Path) -> PreTrainedModel:
+def _stock(folder: Path, trust: bool) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, trust_remote_code=trust
         )
     except Exception as error:  # whatever stock transformers raises, the folder must not get its name
         raise _failed("transformers", str(error).strip().splitlines()[-1]) from error
