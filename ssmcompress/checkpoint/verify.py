@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from ssmcompress.arch.pruned import CODE
+from ssmcompress.arch.pruned import CODE, auto_map
 from ssmcompress.arch.registry import arch_for
+from ssmcompress.checkpoint.shards import read_json
 from ssmcompress.checkpoint.source import Checkpoint, load
 from ssmcompress.errors import InputError, SsmcompressError, UnsupportedError
 
@@ -45,8 +46,8 @@ def verify(folder: Path, model: PreTrainedModel, *, stock: bool = True) -> Verif
     SsmcompressError where a loader fails, leaves a weight to chance, or differs by more than 1e-4 of the largest logit.
     """
     wanted, own = logits(model), stock and not arch_for(model.config).stock
-    if own and (folder / CODE.name).read_bytes() != CODE.read_bytes():
-        raise _failed("transformers", f"{CODE.name} is not as this version of ssmcompress writes it")
+    if own:
+        _require_own(folder, model)
     with _quiet():  # the stock model would tell, every time, which kernels it does without
         theirs = _difference("transformers", _stock(folder, own), wanted) if stock else None
     try:
@@ -55,6 +56,14 @@ def verify(folder: Path, model: PreTrainedModel, *, stock: bool = True) -> Verif
         raise _failed("ssmcompress", error.message) from error
     tokens, difference = wanted.shape[0] * wanted.shape[1], _difference("ssmcompress", ours, wanted)
     return Verification(tokens, TOLERANCE, theirs, difference, trust_remote_code=own)
+
+
+def _require_own(folder: Path, model: PreTrainedModel) -> None:
+    """Code is run only where it is ours, byte for byte, and config.json names no other."""
+    if (folder / CODE.name).read_bytes() != CODE.read_bytes():
+        raise _failed("transformers", f"{CODE.name} is not as this version of ssmcompress writes it")
+    if read_json(folder / "config.json").get("auto_map") != auto_map(model):
+        raise _failed("transformers", "the auto_map in config.json is not as this version of ssmcompress writes it")
 
 
 def require_finite(checkpoint: Checkpoint) -> None:
