@@ -1,5 +1,6 @@
 """Whether what was written is what was meant: loaded again from disk, logits beside those of the model in memory."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from ssmcompress.arch.pruned import CODE, auto_map
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.checkpoint.shards import read_json
 from ssmcompress.checkpoint.source import Checkpoint, load
-from ssmcompress.errors import InputError, SsmcompressError, UnsupportedError
+from ssmcompress.errors import InputError, ResourceError, SsmcompressError, UnsupportedError
 
 Loader = Literal["transformers", "ssmcompress"]
 TOLERANCE = 1e-4  # largest difference of a logit, relative to the largest logit
 ROWS, LENGTH = 2, 48
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ def _stock(folder: Path, trust: bool) -> PreTrainedModel:
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, trust_remote_code=trust
         )
     except Exception as error:  # whatever stock transformers raises, the folder must not get its name
+        if trust and isinstance(error, OSError) and error.errno in READ_ONLY:
+            raise ResourceError(
+                f"transformers cannot copy the code of the model to where it runs it from: {error.filename}.",
+                hint="Set HF_MODULES_CACHE to a folder that can be written.",
+            ) from error
         raise _failed("transformers", str(error).strip().splitlines()[-1]) from error
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -1,6 +1,7 @@
 """Folders of models whose blocks differ in size: written, loaded by us and, without this package, by transformers."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from ssmcompress.checkpoint.convert import convert
 from ssmcompress.checkpoint.output import write
 from ssmcompress.checkpoint.source import Checkpoint, Source, load
 from ssmcompress.checkpoint.verify import verify
-from ssmcompress.errors import InputError, SsmcompressError, UnsupportedError
+from ssmcompress.errors import InputError, ResourceError, SsmcompressError, UnsupportedError
 from tests.unit.arch.models import PRUNED, ours, tokens
 from tests.unit.arch.test_pruned import DAMAGED, damage
 from tests.unit.checkpoint.folders import edit_json, save_tokenizer
@@ -32,7 +33,7 @@ model, told = AutoModelForCausalLM.from_pretrained(
     folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
 )
 assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-assert len(AutoTokenizer.from_pretrained(folder)) == 61
+assert len(AutoTokenizer.from_pretrained(folder, trust_remote_code=True)) == 61
 steps = []
 with torch.no_grad():
     logits = model(ids, use_cache=False).logits
@@ -108,7 +109,7 @@ def test_both_loaders_are_asked_and_the_card_says_how(folder):
     assert manifest.read(folder).verification.trust_remote_code and CODE.name in made.files
     card.write(folder, title="It", summary="", manifest=made)
     text = (folder / "README.md").read_text()
-    assert 'from_pretrained("FOLDER", trust_remote_code=True)' in text and CODE.name in text
+    assert text.count('from_pretrained("FOLDER", trust_remote_code=True)') == 2 and CODE.name in text
     for extra in ("README.md", "ssmcompress.json"):
         (folder / extra).unlink()
 
@@ -179,6 +180,28 @@ def test_missing_block_sizes_and_sizes_of_other_weights_are_refused(tmp_path):
     path.write_text(json.dumps(whole | {"out_proj_bias": False}))
     with pytest.raises(InputError, match=r"out_proj\.bias"):
         load(str(tmp_path / "out"))
+
+
+def test_a_place_for_code_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(name):
+        raise PermissionError(13, "Permission denied", "/home/nobody/modules")
+
+    checkpoint = put("pruned-mamba", tmp_path / "out")
+    monkeypatch.setattr("transformers.dynamic_module_utils.create_dynamic_module", refuse)
+    with pytest.raises(ResourceError, match="/home/nobody/modules") as caught:
+        verify(tmp_path / "out", checkpoint.model)
+    assert "HF_MODULES_CACHE" in caught.value.hint
+
+
+def test_the_tokenizer_is_found_without_a_word(tmp_path, caplog):
+    put("pruned-mamba", tmp_path / "out")
+    transformers_log = logging.getLogger("transformers")
+    transformers_log.addHandler(caplog.handler)
+    try:
+        assert len(load(str(tmp_path / "out")).tokenizer) == 61
+    finally:
+        transformers_log.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_mixed_dtypes_stay(tmp_path):
