@@ -124,10 +124,9 @@ def possible(arch: Arch, step: Cut, before: int) -> list[int]:
         sizes = [each for each in sizes if each % CHANNELS == 0]
     elif not step.any_size and step.axis == "state" and "head" in arch.axes():
         sizes = [each for each in sizes if each.bit_count() == 1]
-    return [
-        *(each for each in sizes if step.axis == LAYER or not arch.stock or _expressible(arch, step.axis, each)),
-        before,
-    ]
+    if step.axis != LAYER and arch.stock:
+        sizes = [each for each in sizes if _expressible(arch, step.axis, each)]
+    return [*sizes, before]
 
 
 def _expressible(arch: Arch, axis: str, size: int) -> bool:
