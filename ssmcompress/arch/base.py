@@ -1,6 +1,5 @@
 """What every family tells the rest of the house: its blocks, its prunable weights, its axes and what couples them."""
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +55,9 @@ class Arch(ABC):
     """One family, for one config. Tensor names are relative to a block unless a layer is given."""
 
     model_type: str
+    stock: bool = True  # whether its config is one of transformers
+    stock_config: type[PreTrainedConfig]
+    pruned_config: type[PreTrainedConfig] | None = None  # says the sizes of every block, where the stock one cannot
     prunable: tuple[str, ...]
     outer: tuple[str, ...] = ("embeddings", "lm_head")  # outside the blocks: pruned only when asked for by name
     hookless: tuple[str, ...]  # weights a forward hook on their module never sees, or that have no module
@@ -63,6 +65,11 @@ class Arch(ABC):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
+
+    @classmethod
+    def config_class(cls) -> type[PreTrainedConfig]:
+        """The class of its config."""
+        return cls.stock_config if cls.stock or cls.pruned_config is None else cls.pruned_config
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -80,7 +87,7 @@ class Arch(ABC):
         """The stock causal language model with our mixer in every block."""
 
     @abstractmethod
-    def axes(self) -> dict[str, Axis]:
+    def axes(self, layer: int = 0) -> dict[str, Axis]:
         """The axes of one block, by name."""
 
     @abstractmethod
@@ -90,22 +97,57 @@ class Arch(ABC):
     @property
     def sizes(self) -> tuple[dict[str, int], ...]:
         """The size of every axis, a mapping a layer."""
-        return tuple({name: axis.size for name, axis in self.axes().items()} for _ in range(self.layers))
+        return (self.uniform(),) * self.layers
 
-    def resized(self, sizes: Sequence[Mapping[str, int]]) -> PreTrainedConfig:
-        """The stock config of this model with other sizes, a mapping a layer; UnsupportedError where none says it."""
+    @abstractmethod
+    def uniform(self) -> dict[str, int]:
+        """The size of every axis by a stock config: the same in all layers."""
+
+    @property
+    def out_proj_bias(self) -> bool:
+        """Whether out_proj has a bias where in_proj has none."""
+        return False
+
+    def resized(
+        self, sizes: Sequence[Mapping[str, int]], *, out_proj_bias: bool = False, stock: bool = False
+    ) -> PreTrainedConfig:
+        """The config of this model with other sizes, a mapping a layer: a stock one where there is one that says them.
+
+        `out_proj_bias` adds a bias to out_proj alone. UnsupportedError where no config says it, or with `stock` no
+        stock one.
+        """
+        bias = self.out_proj_bias or (out_proj_bias and not self.config.use_bias)
+        try:
+            if bias:
+                raise UnsupportedError(f"A stock {self.stock_config.model_type} config has no bias for out_proj alone.")
+            return self._said(self.stock_config, self._shared(sizes))
+        except UnsupportedError:
+            if stock or self.pruned_config is None:
+                raise
+        blocks = [{axis: block[axis] for axis in self.sizes[0]} for block in sizes]
+        fields = {"num_hidden_layers": len(blocks), "block_sizes": blocks, "out_proj_bias": bias}
+        try:
+            return self._said(self.pruned_config, fields)
+        except ValueError as error:
+            raise UnsupportedError(str(error)) from error
+
+    def _shared(self, sizes: Sequence[Mapping[str, int]]) -> dict[str, int]:
+        """What a stock config says of these sizes; UnsupportedError where layers differ."""
         first = dict(sizes[0])
         for layer, other in enumerate(sizes):
             for name, size in other.items():
                 if size != first[name]:
                     raise UnsupportedError(
-                        f"A stock {self.model_type} config has one {name} size for all layers; layer {layer} would have"
-                        f" {size}, layer 0 has {first[name]}."
+                        f"A stock {self.stock_config.model_type} config has one {name} size for all layers; layer"
+                        f" {layer} would have {size}, layer 0 has {first[name]}."
                     )
-        config = copy.deepcopy(self.config)
-        for key, value in (self.fields(first) | {"num_hidden_layers": len(sizes)}).items():
-            setattr(config, key, value)
-        return config
+        return self.fields(first) | {"num_hidden_layers": len(sizes)}
+
+    def _said(self, kind: type[PreTrainedConfig], fields: Mapping[str, Any]) -> PreTrainedConfig:
+        own = self.config.to_dict()
+        for key in ("model_type", "block_sizes", "out_proj_bias"):
+            own.pop(key, None)
+        return kind(**own | dict(fields))
 
     @abstractmethod
     def fields(self, sizes: Mapping[str, int]) -> dict[str, int]:

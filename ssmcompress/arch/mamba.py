@@ -5,12 +5,13 @@ from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import FalconMambaConfig, MambaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.falcon_mamba import modeling_falcon_mamba as stock_falcon
 from transformers.models.mamba import modeling_mamba as stock
 
 from ssmcompress.arch.base import Arch, Axis, Mixer, Scan, Slice, adopt, decay, hold, real_positions, silence
+from ssmcompress.arch.modeling_ssmcompress import PrunedMambaConfig
 
 
 class _SelectiveMixer(Mixer):
@@ -94,14 +95,16 @@ class Mamba(Arch):
     """Mamba-1 (Gu and Dao, 2023): inner channels, per-channel states and a low-rank step size."""
 
     model_type = "mamba"
+    stock_config: type[PreTrainedConfig] = MambaConfig
+    pruned_config: type[PreTrainedConfig] | None = PrunedMambaConfig
     model_class: type[PreTrainedModel] = MambaForCausalLM
     prunable = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
     hookless = ("conv1d", "dt_proj", "A_log", "D")
     fixed = ("A_log", "D", "embeddings", "lm_head")
 
-    def axes(self) -> dict[str, Axis]:
+    def axes(self, layer: int = 0) -> dict[str, Axis]:
         """Channel, state and dt_rank; the state's index is shared by all channels of a layer."""
-        width, size, rank = self._sizes()
+        width, size, rank = (self.sizes[layer][axis] for axis in ("channel", "state", "dt_rank"))
         channel = (
             *self.rows("in_proj"),
             *self.rows("in_proj", offset=width),
@@ -127,20 +130,24 @@ class Mamba(Arch):
 
     def state_bytes(self) -> int:
         """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""
-        width, size, _ = self._sizes()
-        return 4 * self.layers * width * (size + self.config.conv_kernel - 1)
+        left = self.config.conv_kernel - 1
+        return 4 * sum(block["channel"] * (block["state"] + left) for block in self.sizes)
 
     def fields(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Every axis has a field of its own."""
         keys = {name: axis.config_key for name, axis in self.axes().items() if axis.config_key}
         return {keys[name]: size for name, size in sizes.items()}
 
-    def _sizes(self) -> tuple[int, int, int]:
-        return self.config.intermediate_size, self.config.state_size, int(self.config.time_step_rank)
+    def uniform(self) -> dict[str, int]:
+        """Channels, states and dt ranks."""
+        config = self.config
+        return {"channel": config.intermediate_size, "state": config.state_size, "dt_rank": int(config.time_step_rank)}
 
 
 class FalconMamba(Mamba):
     """Falcon Mamba: Mamba-1 with weightless norms on dt, B and C."""
 
     model_type = "falcon_mamba"
+    stock_config = FalconMambaConfig
+    pruned_config = None
     model_class = FalconMambaForCausalLM

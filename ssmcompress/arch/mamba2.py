@@ -5,10 +5,12 @@ from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Mamba2Config, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
 from ssmcompress.arch.base import Arch, Axis, Mixer, Scan, Slice, adopt, decay, hold, real_positions, silence
+from ssmcompress.arch.modeling_ssmcompress import PrunedMamba2Config
 from ssmcompress.errors import UnsupportedError
 
 
@@ -82,15 +84,17 @@ class Mamba2(Arch):
     """Mamba-2 (Dao and Gu, 2024): heads that share B and C in groups, one decay a head, a gated norm."""
 
     model_type = "mamba2"
-    model_class = Mamba2ForCausalLM
+    stock_config = Mamba2Config
+    pruned_config = PrunedMamba2Config
+    model_class: type[PreTrainedModel] = Mamba2ForCausalLM
     prunable = ("in_proj", "conv1d", "out_proj")
     hookless = ("conv1d", "A_log", "D", "dt_bias")
     fixed = ("A_log", "D", "dt_bias", "embeddings", "lm_head")
 
-    def axes(self) -> dict[str, Axis]:
+    def axes(self, layer: int = 0) -> dict[str, Axis]:
         """Head, head_channel (the same index in every head) and state (the same index in every group, for B and C)."""
-        heads, width, groups, size = self._sizes()
-        inner = heads * width
+        heads, width, size = (self.sizes[layer][axis] for axis in ("head", "head_channel", "state"))
+        groups, inner = self.config.n_groups, heads * width
 
         def inner_units(**where: int) -> tuple[Slice, ...]:
             return (
@@ -119,13 +123,18 @@ class Mamba2(Arch):
 
     def state_bytes(self) -> int:
         """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""
-        heads, width, groups, size = self._sizes()
-        convolved = heads * width + 2 * groups * size
-        return 4 * self.layers * (heads * width * size + convolved * (self.config.conv_kernel - 1))
+        left, groups = self.config.conv_kernel - 1, self.config.n_groups
+        entries = 0
+        for block in self.sizes:
+            inner, size = block["head"] * block["head_channel"], block["state"]
+            entries += inner * size + (inner + 2 * groups * size) * left
+        return 4 * entries
 
     def fields(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Heads and their channels must together be a multiple of the hidden size, which `expand` says."""
         inner = sizes["head"] * sizes["head_channel"]
+        if sizes["head"] % self.config.n_groups:
+            raise UnsupportedError(f"{sizes['head']} heads are no multiple of {self.config.n_groups} groups.")
         if inner % self.config.hidden_size:
             raise UnsupportedError(
                 f"A stock mamba2 config cannot say {sizes['head']} heads of {sizes['head_channel']} channels: together"
@@ -138,5 +147,7 @@ class Mamba2(Arch):
             "expand": inner // self.config.hidden_size,
         }
 
-    def _sizes(self) -> tuple[int, int, int, int]:
-        return self.config.num_heads, self.config.head_dim, self.config.n_groups, self.config.state_size
+    def uniform(self) -> dict[str, int]:
+        """Heads, their channels and states."""
+        config = self.config
+        return {"head": config.num_heads, "head_channel": config.head_dim, "state": config.state_size}

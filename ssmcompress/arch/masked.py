@@ -53,7 +53,7 @@ def mask(model: nn.Module, arch: Arch, edits: Iterable[Keep]) -> None:
 
 def _mask_block(block: nn.Module, arch: Arch, edit: Keep) -> None:
     assert edit.axis != LAYER
-    axis = arch.axes()[edit.axis]
+    axis = arch.axes(edit.layer or 0)[edit.axis]
     for name, parameter in block.named_parameters():
         for dim, gone in removed(axis, edit.keep, name).items():
             parameter.index_fill_(dim, gone, 0.0)

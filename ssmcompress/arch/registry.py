@@ -14,14 +14,20 @@ FAMILIES = {
     "mamba2": "ssmcompress.arch.mamba2:Mamba2",
 }
 
+PRUNED = {  # what this package writes where no stock config says the sizes
+    "ssmcompress_mamba": "ssmcompress.arch.pruned:PrunedMamba",
+    "ssmcompress_mamba2": "ssmcompress.arch.pruned:PrunedMamba2",
+}
+
 
 def family(model_type: str) -> type[Arch]:
     """The family of a model type; UnsupportedError names the nearest one there is."""
-    if model_type not in FAMILIES:
+    known = FAMILIES | PRUNED
+    if model_type not in known:
         near = get_close_matches(model_type, FAMILIES, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Supported: {', '.join(FAMILIES)}."
         raise UnsupportedError(f"The model type {model_type!r} is not supported.", hint=hint)
-    module, name = FAMILIES[model_type].split(":")
+    module, name = known[model_type].split(":")
     return getattr(import_module(module), name)
 
 

@@ -28,7 +28,6 @@ class Surgery:
     def __init__(self, arch: Arch, edits: Iterable[Edit]) -> None:
         self.source = arch
         self.keeps = [edit for edit in edits if isinstance(edit, Keep)]
-        self._axes = arch.axes()
         for edit in self.keeps:
             self._check(edit)
         blocks = next((edit.keep for edit in self.keeps if edit.axis == LAYER), torch.ones(arch.layers).bool())
@@ -71,7 +70,7 @@ class Surgery:
         stays: dict[int, Tensor] = {}
         for edit in self.keeps if inside else ():
             if inside is not None and edit.layer == int(inside[1]):
-                for dim, gone in removed(self._axes[edit.axis], edit.keep, inside[2]).items():
+                for dim, gone in removed(self.source.axes(edit.layer)[edit.axis], edit.keep, inside[2]).items():
                     stays.setdefault(dim, torch.ones(shape[dim], dtype=torch.bool))[gone] = False
         return {dim: stay.nonzero().flatten() for dim, stay in stays.items()}
 
@@ -107,17 +106,19 @@ class Surgery:
             keep[self.layers] = edit.keep
             return replace(edit, keep=keep)
         before = next((each.keep for each in self.keeps if (each.axis, each.layer) == (edit.axis, layer)), None)
-        keep = torch.ones(self._axes[edit.axis].size, dtype=torch.bool) if before is None else before.clone()
+        keep = (
+            torch.ones(self.source.sizes[layer or 0][edit.axis], dtype=torch.bool) if before is None else before.clone()
+        )
         keep[keep.nonzero().flatten()] = edit.keep
         return replace(edit, layer=layer, keep=keep)
 
     def _check(self, edit: Keep) -> None:
-        known = {name: axis.size for name, axis in self._axes.items()} | {LAYER: self.source.layers}
+        inside = edit.layer is None if edit.axis == LAYER else edit.layer in range(self.source.layers)
+        known = self.source.sizes[(inside and edit.layer) or 0] | {LAYER: self.source.layers}
         if edit.axis not in known:
             raise UnsupportedError(
                 f"{self.source.model_type} has no axis {edit.axis!r}.", hint=f"It has {', '.join(known)}."
             )
-        inside = edit.layer is None if edit.axis == LAYER else edit.layer in range(self.source.layers)
         if not inside or len(edit.keep) != known[edit.axis]:
             raise InputError(
                 f"The edits choose among {len(edit.keep)} units in {edit.tensor}; the model has {known[edit.axis]}, and"

@@ -16,6 +16,11 @@ MASKS = (
     "Zeros are stored like any other value: a mask alone changes neither the bytes this model takes in memory "
     "nor its speed. They pay only with a format or a kernel that skips zeros."
 )
+OWN = (
+    "No config of transformers says the sizes of these blocks. `modeling_ssmcompress.py`, which ssmcompress wrote "
+    "here, does; transformers runs it only with `trust_remote_code=True`. It needs torch and transformers, nothing "
+    "else. `ssmcompress` itself has no need of it, and runs no code from a folder."
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,7 @@ def write(
         _measured(measures, measured_on),
         _shape(manifest.shape),
         _coverage(manifest),
-        f"## Loading\n\nLoads in {' and '.join(loaders)}, with the logits of the model that was written."
-        if loaders
-        else "",
-        _usage() if "transformers" in loaders else "",
+        _loading(manifest, loaders),
         f"## Recipe\n\n```yaml\n{recipe.strip()}\n```" if recipe else "",
         _provenance(manifest),
     ]
@@ -125,12 +127,20 @@ def _coverage(manifest: Manifest) -> str:
     return "\n\n".join(part for part in ("## What was touched", table, share, MASKS if share else "") if part)
 
 
-def _usage() -> str:
+def _loading(manifest: Manifest, loaders: Sequence[str]) -> str:
+    told = f"Loads in {' and '.join(loaders)}, with the logits of the model that was written." if loaders else ""
+    own = manifest.verification is not None and manifest.verification.trust_remote_code
+    usage = _usage(own) if "transformers" in loaders else ""
+    return "\n\n".join(part for part in ("## Loading" if told else "", told, OWN if own else "", usage) if part)
+
+
+def _usage(own: bool) -> str:
+    trusted = ", trust_remote_code=True" if own else ""
     return (
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trusted})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trusted})\n'
         "```"
     )
 

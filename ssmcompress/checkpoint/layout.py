@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from ssmcompress.arch.registry import PRUNED
 from ssmcompress.errors import InputError, UnsupportedError
 
 EMBEDDING = {"mamba_ssm": "backbone.embedding.weight", "hf": "backbone.embeddings.weight"}
@@ -90,7 +91,12 @@ def original_config(config: PreTrainedConfig) -> dict[str, Any]:
     """The mamba-ssm config of a Hugging Face one; UnsupportedError names what it cannot express."""
     layer = next((layer for layer, model_type in LAYERS.items() if model_type == config.model_type), None)
     if layer is None:
-        raise UnsupportedError(f"mamba-ssm has no layout for the model type {config.model_type!r}.")
+        raise UnsupportedError(
+            f"mamba-ssm has no layout for the model type {config.model_type!r}.",
+            hint="Its blocks differ in size, or in more than mamba-ssm can say: leave it in the Hugging Face layout."
+            if config.model_type in PRUNED
+            else "",
+        )
     if config.layer_norm_epsilon != NORM_EPSILON:
         raise _inexpressible("layer_norm_epsilon", config.layer_norm_epsilon, str(NORM_EPSILON), "mamba-ssm")
     if config.hidden_act not in ("silu", "swish"):

@@ -112,12 +112,16 @@ class ShapeRecord(Record):
 
 
 class VerificationRecord(Record):
-    """Largest relative difference of the float32 logits after loading from disk, by loader; None: not tried."""
+    """Largest relative difference of the float32 logits after loading from disk, by loader; None: not tried.
+
+    `trust_remote_code`: transformers ran the code in the folder, which ssmcompress had written.
+    """
 
     tokens: int
     tolerance: float
     transformers: float | None
     ssmcompress: float | None
+    trust_remote_code: bool = False
 
 
 class Manifest(Record):

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from ssmcompress.arch.pruned import CODE, auto_map
 from ssmcompress.checkpoint import shards
 from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
@@ -112,6 +113,7 @@ def write(
 ) -> None:
     """Writes what stock transformers loads: weights, config, and the source's tokenizer and generation files.
 
+    Where its config is none of transformers', the code that reads it lies beside it, for `trust_remote_code=True`.
     `state` defaults to the model's tensors in their dtypes; with `value` it may hold meta tensors (`shards.save`).
     """
     tensors = state_dict(checkpoint.model) if state is None else state
@@ -120,6 +122,9 @@ def write(
     config.architectures = [type(checkpoint.model).__name__]
     config.dtype = tensors[EMBEDDING["hf"]].dtype
     config.rescale_prenorm_residual = False
+    if not checkpoint.arch.stock:
+        config.auto_map = auto_map(checkpoint.model)
+        shutil.copyfile(CODE, folder / CODE.name)
     (folder / "config.json").write_text(config.to_json_string(use_diff=True), encoding="utf-8")
     carry(checkpoint.source, folder)
 

@@ -11,7 +11,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -64,7 +63,7 @@ class Source:
             if self.layout == "mamba_ssm":
                 config = layout.hf_config(raw)
             else:
-                config = CONFIG_MAPPING[raw["model_type"]].from_pretrained(self.folder, local_files_only=True)
+                config = family(raw["model_type"]).config_class().from_pretrained(self.folder, local_files_only=True)
         except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
             cause = str(error.__cause__ or error).strip().splitlines()[-1].strip()
             raise InputError(f"{path} is not a valid config: {cause}") from error
@@ -86,12 +85,19 @@ class Source:
         if not any((self.folder / name).exists() for name in TOKENIZER_FILES):
             return None
         try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(
+                self.folder, config=self._known_config(), local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
             raise InputError(
                 f"The tokenizer of {self.name} cannot be loaded: {str(error).strip().splitlines()[0]}",
                 hint="Its files must be whole and need no code of their own.",
             ) from error
+
+    def _known_config(self) -> PreTrainedConfig | None:
+        """What `AutoTokenizer` should take the config to be where it cannot read it without running code."""
+        found = None if self.layout == "mamba_ssm" else family(read_json(self.folder / "config.json")["model_type"])
+        return None if found is None or found.stock else found.stock_config()
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Whether what was written is what was meant: loaded again from disk, logits beside those of the model in memory."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from ssmcompress.arch.pruned import CODE, auto_map
+from ssmcompress.arch.registry import arch_for
+from ssmcompress.checkpoint.shards import read_json
 from ssmcompress.checkpoint.source import Checkpoint, load
-from ssmcompress.errors import InputError, SsmcompressError, UnsupportedError
+from ssmcompress.errors import InputError, ResourceError, SsmcompressError, UnsupportedError
 
 Loader = Literal["transformers", "ssmcompress"]
 TOLERANCE = 1e-4  # largest difference of a logit, relative to the largest logit
 ROWS, LENGTH = 2, 48
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Verification:
     tolerance: float
     transformers: float | None
     ssmcompress: float | None
+    trust_remote_code: bool = False  # whether transformers ran the code that lies in the folder
 
     @property
     def loaders(self) -> tuple[Loader, ...]:
@@ -38,16 +44,28 @@ class Verification:
 def verify(folder: Path, model: PreTrainedModel, *, stock: bool = True) -> Verification:
     """Loads the folder in float32 with `AutoModelForCausalLM` (where `stock`) and with `load`, and compares logits.
 
+    Where the config is none of transformers', that runs the code in the folder, which must be what this package writes.
     SsmcompressError where a loader fails, leaves a weight to chance, or differs by more than 1e-4 of the largest logit.
     """
-    wanted = logits(model)
+    wanted, own = logits(model), stock and not arch_for(model.config).stock
+    if own:
+        _require_own(folder, model)
     with _quiet():  # the stock model would tell, every time, which kernels it does without
-        theirs = _difference("transformers", _stock(folder), wanted) if stock else None
+        theirs = _difference("transformers", _stock(folder, own), wanted) if stock else None
     try:
         ours = load(str(folder), dtype=torch.float32, device=model.device).model
     except (InputError, UnsupportedError) as error:
         raise _failed("ssmcompress", error.message) from error
-    return Verification(wanted.shape[0] * wanted.shape[1], TOLERANCE, theirs, _difference("ssmcompress", ours, wanted))
+    tokens, difference = wanted.shape[0] * wanted.shape[1], _difference("ssmcompress", ours, wanted)
+    return Verification(tokens, TOLERANCE, theirs, difference, trust_remote_code=own)
+
+
+def _require_own(folder: Path, model: PreTrainedModel) -> None:
+    """Code is run only where it is ours, byte for byte, and config.json names no other."""
+    if (folder / CODE.name).read_bytes() != CODE.read_bytes():
+        raise _failed("transformers", f"{CODE.name} is not as this version of ssmcompress writes it")
+    if read_json(folder / "config.json").get("auto_map") != auto_map(model):
+        raise _failed("transformers", "the auto_map in config.json is not as this version of ssmcompress writes it")
 
 
 def require_finite(checkpoint: Checkpoint) -> None:
@@ -94,12 +112,17 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _stock(folder: Path) -> PreTrainedModel:
+def _stock(folder: Path, trust: bool) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, trust_remote_code=trust
         )
     except Exception as error:  # whatever stock transformers raises, the folder must not get its name
+        if trust and isinstance(error, OSError) and error.errno in READ_ONLY:
+            raise ResourceError(
+                f"transformers cannot copy the code of the model to where it runs it from: {error.filename}.",
+                hint="Set HF_MODULES_CACHE to a folder that can be written.",
+            ) from error
         raise _failed("transformers", str(error).strip().splitlines()[-1]) from error
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -95,6 +95,11 @@ def size(arch: Arch, step: Cut, weights: Weights) -> Size:
         hint = f"Its axes are {', '.join(known)}."
         raise UnsupportedError(f"{arch.model_type} has no axis {step.axis!r}.", hint=hint)
     before = known[step.axis]
+    if step.axis != LAYER and len(found := {each[step.axis] for each in arch.sizes}) > 1:
+        raise UnsupportedError(
+            f"The layers have {min(found)} to {max(found)} {step.axis}s; one size for all is not chosen among those.",
+            hint="Cut another axis, or start from the model of which units were removed.",
+        )
     sizes = possible(arch, step, before)
     if step.target is not None:
         return Size(step.axis, before, _within(arch, step, sizes, weights))
@@ -119,7 +124,9 @@ def possible(arch: Arch, step: Cut, before: int) -> list[int]:
         sizes = [each for each in sizes if each % CHANNELS == 0]
     elif not step.any_size and step.axis == "state" and "head" in arch.axes():
         sizes = [each for each in sizes if each.bit_count() == 1]
-    return [*(each for each in sizes if step.axis == LAYER or _expressible(arch, step.axis, each)), before]
+    if step.axis != LAYER and arch.stock:
+        sizes = [each for each in sizes if _expressible(arch, step.axis, each)]
+    return [*sizes, before]
 
 
 def _expressible(arch: Arch, axis: str, size: int) -> bool:

@@ -6,6 +6,8 @@ from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaFo
 from transformers.models.mamba.modeling_mamba import MambaForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM
 
+from ssmcompress.arch import modeling_ssmcompress as modeling
+from ssmcompress.arch.modeling_ssmcompress import PrunedMamba2Config, PrunedMambaConfig
 from ssmcompress.arch.registry import arch_for
 
 SHARED = {
@@ -16,7 +18,13 @@ SHARED = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-STOCK = {"mamba": MambaForCausalLM, "falcon_mamba": FalconMambaForCausalLM, "mamba2": Mamba2ForCausalLM}
+STOCK = {
+    "mamba": MambaForCausalLM,
+    "falcon_mamba": FalconMambaForCausalLM,
+    "mamba2": Mamba2ForCausalLM,
+    "ssmcompress_mamba": modeling.PrunedMambaForCausalLM,
+    "ssmcompress_mamba2": modeling.PrunedMamba2ForCausalLM,
+}
 CONFIGS = {
     "mamba": MambaConfig(**SHARED, state_size=5, initializer_range=0.02),
     "mamba-biased": MambaConfig(**SHARED, state_size=16, use_bias=True, time_step_rank=3, conv_kernel=3),
@@ -30,10 +38,45 @@ CONFIGS = {
 }
 
 
+def blocks(*sizes: tuple[int, int, int], names: tuple[str, str, str]) -> list[dict[str, int]]:
+    """The sizes of each block."""
+    return [dict(zip(names, each, strict=True)) for each in sizes]
+
+
+CHANNELS, HEADS = ("channel", "state", "dt_rank"), ("head", "head_channel", "state")
+PRUNED = {  # of which no stock config says the sizes
+    "pruned-mamba": PrunedMambaConfig(
+        **SHARED, state_size=5, block_sizes=blocks((24, 3, 1), (37, 5, 2), names=CHANNELS), out_proj_bias=True
+    ),
+    "pruned-mamba-biased": PrunedMambaConfig(
+        **SHARED, use_bias=True, conv_kernel=3, block_sizes=blocks((64, 16, 2), (8, 1, 1), names=CHANNELS)
+    ),
+    "pruned-mamba2": PrunedMamba2Config(
+        **SHARED,
+        num_heads=8,
+        head_dim=8,
+        n_groups=1,
+        state_size=16,
+        chunk_size=8,
+        block_sizes=blocks((7, 8, 16), (3, 5, 9), names=HEADS),
+    ),
+    "pruned-mamba2-grouped": PrunedMamba2Config(
+        **SHARED,
+        num_heads=4,
+        head_dim=16,
+        n_groups=2,
+        state_size=8,
+        block_sizes=blocks((4, 11, 8), (2, 16, 3), names=HEADS),
+        out_proj_bias=True,
+    ),
+}
+ALL = CONFIGS | PRUNED
+
+
 def ours(name: str, seed: int = 0) -> PreTrainedModel:
     """A random model of this configuration with our mixers, in evaluation mode; every parameter is random."""
     torch.manual_seed(seed)
-    model = arch_for(CONFIGS[name]).build("cpu").eval()
+    model = arch_for(ALL[name]).build("cpu").eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1 and "norm" not in key:

@@ -145,13 +145,25 @@ def test_a_resized_config_has_the_sizes_asked_for(name):
     wanted = {axis: size // 2 for axis, size in arch.sizes[0].items()} | {"state": arch.sizes[0]["state"]}
     if "head" in wanted:
         wanted["head_channel"] = arch.sizes[0]["head_channel"]
+        wanted["head"] = max(wanted["head"], arch.config.n_groups)
     smaller = arch_for(arch.resized([wanted]))
-    assert smaller.sizes == (wanted,) and arch_for(CONFIGS[name]).sizes == arch.sizes
+    assert smaller.stock and smaller.sizes == (wanted,) and arch_for(CONFIGS[name]).sizes == arch.sizes
 
 
-def test_what_a_stock_config_cannot_say_is_refused():
+def test_what_a_stock_config_cannot_say_is_refused_where_it_must_be_one():
     arch = arch_for(CONFIGS["mamba2"])
     with pytest.raises(UnsupportedError, match="56, no multiple of the hidden size 32"):
-        arch.resized([arch.sizes[0] | {"head": 7}] * 2)
+        arch.resized([arch.sizes[0] | {"head": 7}] * 2, stock=True)
     with pytest.raises(UnsupportedError, match="layer 1 would have 3"):
-        arch.resized([arch.sizes[0], arch.sizes[0] | {"state": 3}])
+        arch.resized([arch.sizes[0], arch.sizes[0] | {"state": 3}], stock=True)
+    with pytest.raises(UnsupportedError, match="no bias for out_proj alone"):
+        arch.resized(arch.sizes, out_proj_bias=True, stock=True)
+    falcon = arch_for(CONFIGS["falcon_mamba"])
+    with pytest.raises(UnsupportedError, match="layer 1 would have 3"):
+        falcon.resized([falcon.sizes[0], falcon.sizes[0] | {"state": 3}])
+
+
+def test_no_config_has_heads_that_do_not_fill_the_groups():
+    arch = arch_for(CONFIGS["mamba2-grouped"])
+    with pytest.raises(UnsupportedError, match="head as 3; expected a multiple of 2 groups"):
+        arch.resized([arch.sizes[0] | {"head": 3}] * 2)

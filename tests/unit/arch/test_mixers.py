@@ -8,7 +8,7 @@ from ssmcompress import kernels
 from ssmcompress.arch.base import mixers, use_backend
 from tests.unit.arch import models
 
-ALL = list(models.CONFIGS)
+ALL = list(models.ALL)
 
 
 @torch.no_grad()

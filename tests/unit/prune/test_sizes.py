@@ -8,16 +8,16 @@ from ssmcompress.arch.surgery import Surgery
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.prune.sizes import Weights, best, figures, first, possible, size
 from ssmcompress.steps import Cut
-from tests.unit.arch.models import CONFIGS
+from tests.unit.arch.models import ALL, CONFIGS
 
 
 def weights(name):
-    shapes = {key: parameter.shape for key, parameter in arch_for(CONFIGS[name]).build().named_parameters()}
+    shapes = {key: parameter.shape for key, parameter in arch_for(ALL[name]).build().named_parameters()}
     return Weights(shapes, {key: 4 if key.endswith("A_log") else 2 for key in shapes})
 
 
 def found(name, **step):
-    return size(arch_for(CONFIGS[name]), Cut(**step), weights(name))
+    return size(arch_for(ALL[name]), Cut(**step), weights(name))
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,7 @@ def found(name, **step):
         ("mamba2", {"axis": "state", "keep": 12, "any_size": True}, 12),
         ("mamba2-grouped", {"axis": "head", "keep": 0.5}, 2),
         ("mamba2-grouped", {"axis": "head_channel", "keep": 0.5}, 8),
+        ("pruned-mamba2-grouped", {"axis": "layer", "keep": 0.5}, 1),
     ],
 )
 def test_a_share_or_a_number(name, step, after):
@@ -99,3 +100,11 @@ def test_the_best_of_every_group_stay_and_of_equals_the_first():
     assert best(score, 3).tolist() == [False, True, True, True, False, False]
     assert best(score, 4, groups=2).tolist() == [False, True, True, True, True, False]
     assert best(torch.zeros(4), 2).tolist() == [True, True, False, False]
+
+
+def test_an_axis_on_which_layers_differ_is_refused():
+    with pytest.raises(UnsupportedError, match="The layers have 3 to 5 states"):
+        found("pruned-mamba", axis="state", keep=0.5)
+    arch = arch_for(ALL["pruned-mamba2"])
+    even = arch_for(arch.resized([sizes | {"state": 8} for sizes in arch.sizes]))
+    assert not even.stock and possible(even, Cut(axis="state", keep=1), 8) == [1, 2, 4, 8]

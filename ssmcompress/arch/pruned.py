@@ -1,0 +1,66 @@
+"""Models whose blocks have sizes of their own: the families of Mamba and Mamba-2, by the config written beside them."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ssmcompress.arch import modeling_ssmcompress as modeling
+from ssmcompress.arch.base import Arch, adopt
+from ssmcompress.arch.mamba import Mamba, MambaMixer
+from ssmcompress.arch.mamba2 import Mamba2, Mamba2Mixer, Mamba2Model
+
+CODE = Path(modeling.__file__)  # what must lie beside the weights, so that they load without this package
+
+
+def auto_map(model: PreTrainedModel) -> dict[str, str]:
+    """Where the classes of a pruned model are found in `CODE`, as its config.json tells transformers."""
+    found = {"AutoConfig": type(model.config).__name__, "AutoModelForCausalLM": type(model).__name__}
+    return {kind: f"{CODE.stem}.{name}" for kind, name in found.items()}
+
+
+class PrunedMambaForCausalLM(modeling.PrunedMambaForCausalLM):
+    """`PrunedMambaForCausalLM` with our mixer in every block."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        adopt(self.backbone.layers, MambaMixer)
+
+
+class PrunedMamba2ForCausalLM(modeling.PrunedMamba2ForCausalLM):
+    """`PrunedMamba2ForCausalLM` with our mixer in every block."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        adopt(self.backbone.layers, Mamba2Mixer)
+        self.backbone.__class__ = Mamba2Model
+
+
+class _Pruned(Arch):
+    """A family by its pruned config."""
+
+    stock = False
+
+    @property
+    def sizes(self) -> tuple[dict[str, int], ...]:
+        """The size of every axis, a mapping a layer."""
+        return tuple({axis: block[axis] for axis in self.config.axes} for block in self.config.block_sizes)
+
+    @property
+    def out_proj_bias(self) -> bool:
+        """Whether out_proj has a bias where in_proj has none."""
+        return self.config.out_proj_bias and not self.config.use_bias
+
+
+class PrunedMamba(_Pruned, Mamba):
+    """Mamba-1 with channels, states and a dt rank of each block."""
+
+    model_type = "ssmcompress_mamba"
+    model_class = PrunedMambaForCausalLM
+
+
+class PrunedMamba2(_Pruned, Mamba2):
+    """Mamba-2 with heads, head channels and states of each block."""
+
+    model_type = "ssmcompress_mamba2"
+    model_class = PrunedMamba2ForCausalLM
