@@ -83,6 +83,9 @@ Correct = Annotated[
     ),
 ]
 AnySize = Annotated[bool, typer.Option("--any-size", help="Allow sizes that kernels run slowly.", rich_help_panel=WHAT)]
+StockOnly = Annotated[
+    bool, typer.Option("--stock-only", help="Refuse sizes that transformers cannot load.", rich_help_panel=WHAT)
+]
 Sparsity = Annotated[
     float | None,
     typer.Option("--sparsity", help="Share of weights set to zero.", show_default="0.5", rich_help_panel=WHAT),
@@ -182,6 +185,7 @@ def _pruning_options(
     target: Target = None,
     correct: Correct = None,
     any_size: AnySize = False,
+    stock_only: StockOnly = False,
     pattern: Pattern = None,
     scope: Scope = None,
     include: Include = None,

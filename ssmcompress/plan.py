@@ -17,7 +17,7 @@ from ssmcompress.checkpoint.manifest import SizeRecord, TensorRecord
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import Source, headers, resolve
 from ssmcompress.edits import Edit, Mask
-from ssmcompress.errors import InputError, RecipeError, ResourceError
+from ssmcompress.errors import InputError, RecipeError, ResourceError, UnsupportedError
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
 from ssmcompress.prune.sizes import Figures, Size, Weights, figures, first, size, weigh
@@ -37,7 +37,7 @@ class Plan:
     zeros_before: int | None  # None where nothing has counted them
     zeros: int
     tensors: tuple[TensorRecord, ...]
-    loads_in: tuple[str, ...] = ("transformers", "ssmcompress")
+    stock: bool = True  # whether a config of transformers says the sizes
 
 
 def plan(
@@ -58,6 +58,7 @@ def plan(
         before=figures(Surgery(arch, ()), weights),
         after=figures(expected.surgery, weights),
         sizes=expected.sizes,
+        stock=expected.surgery.arch.stock,
         zeros_before=None if counted is None else sum(counted.values()),
         zeros=sum(least.values()),
         tensors=records_of(
@@ -109,7 +110,11 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
                 share = expected_kept(left.shapes[name], module, target, step.method)
                 kept[names[name]] = min(share, kept.get(names[name], 1.0))
                 anew |= {names[name]} if step.method == "sparsegpt" and share < 1 else set()
-    return Forecast(Surgery(arch, units), kept, tuple(sizes), frozenset(anew))
+    surgery = Surgery(arch, units)
+    if any(isinstance(step, Cut) and step.stock_only for step in steps) and not surgery.arch.stock:
+        hint = "Without --stock-only the output brings a modeling file that says them."
+        raise UnsupportedError("No config of transformers says the sizes that would be left.", hint=hint)
+    return Forecast(surgery, kept, tuple(sizes), frozenset(anew))
 
 
 def _recipe(model: str | Recipe, overrides: Sequence[str], options: PruneOptions) -> Recipe:
@@ -213,6 +218,15 @@ def tell_size(before: Figures | SizeRecord, after: Figures | SizeRecord, emit: E
     emit(Table("size", ("", "before", "after"), size_rows(before, after)))
 
 
+def tell_format(stock: bool, emit: Emit) -> None:
+    """What the output loads in, and what that asks of whoever loads it."""
+    if stock:
+        emit(Note("The output loads in transformers and ssmcompress."))
+    else:
+        told = "No config of transformers says the sizes that are left: the output brings a modeling file of its own,"
+        emit(Note(f"{told} and loads in ssmcompress, and in transformers with trust_remote_code=True.", "warning"))
+
+
 def size_rows(before: Figures | SizeRecord, after: Figures | SizeRecord) -> tuple[tuple[str, str, str], ...]:
     """Parameters and bytes, with the share that is left where it is not all."""
     names = {"params": "parameters", "weight_bytes": "weight bytes", "state_bytes": "state bytes a sequence"}
@@ -231,5 +245,5 @@ def _tell(found: Plan, emit: Emit) -> None:
     after = f"at least {found.zeros:,}" if found.zeros_before else f"{found.zeros:,}"
     rows = (params, ("of them zero", before, after), *others)
     emit(Table("plan", ("", "before", "after"), rows))
-    emit(Note(f"The output loads in {' and '.join(found.loads_in)}."))
+    tell_format(found.stock, emit)
     tell_coverage(found.tensors, emit, "not zero, at most" if found.zeros_before else "not zero")

@@ -123,6 +123,7 @@ class PruneOptions(TypedDict, total=False):
     target: str | None
     correct: str | None
     any_size: bool
+    stock_only: bool
     calib: str | None
     calib_split: str | None
     calib_column: str | None

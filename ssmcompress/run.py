@@ -31,7 +31,7 @@ from ssmcompress.journal import Journal
 from ssmcompress.measure import exercises
 from ssmcompress.measure.glance import Glance, glance, tell_change
 from ssmcompress.paths import expanded
-from ssmcompress.plan import coverage, forecast, tell_coverage, tell_size
+from ssmcompress.plan import coverage, forecast, tell_coverage, tell_format, tell_size
 from ssmcompress.prune.apply import find_edits
 from ssmcompress.prune.cut import cut
 from ssmcompress.prune.sizes import weigh
@@ -108,7 +108,7 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
     """Makes the model of a recipe and writes the folder `out`."""
     source = resolve(recipe.model)
     arch, stored = headers(source)
-    forecast(arch, recipe.steps, weigh(stored))
+    expected = forecast(arch, recipe.steps, weigh(stored))
     origin = manifest.describe(source)
     told, key = written_out(arch, recipe.portable(source.label)), _key(recipe, origin, measure)
     with output(out, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
@@ -116,6 +116,8 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
         journal = Journal(folder, EVENTS)
         with journal.kept(), JsonLines(folder / EVENTS) as lines:
             tell = fan(emit, lines)
+            if not expected.surgery.arch.stock:
+                tell_format(stock=False, emit=tell)
             checkpoint = _load(source, recipe, tell)
             windows = _calibration(checkpoint, recipe, tell)
             before = _look(checkpoint, recipe, tell) if measure else None

@@ -101,7 +101,7 @@ class Cut(Strict):
     `keep` is the share that stays (up to 1) or their number (above 1); `target` a budget: params=75%, state=50% or
     memory=500MB, of the whole model. `correct` makes up for what went: refit solves each out_proj for the dense block's
     output, and is usual for channels and heads; rescale corrects the norm that heads share. `any_size` lets sizes pass
-    that kernels run slowly or not at all.
+    that kernels run slowly or not at all; `stock_only` refuses those that no config of transformers says.
     """
 
     step: Literal["prune"] = "prune"
@@ -111,6 +111,7 @@ class Cut(Strict):
     target: str | None = None
     correct: Literal["none", "rescale", "refit"] | None = None
     any_size: bool = False
+    stock_only: bool = False
 
     @field_validator("target")
     @classmethod

@@ -18,8 +18,8 @@ CHANNELS = 8  # the kernels read channels by so many
 APART = 0.1  # of all units: a share that no size comes nearer to is refused rather than rounded
 WHY = {
     "channel": f"the kernels read channels by {CHANNELS}",
-    "head_channel": f"the kernels read channels by {CHANNELS}, and a stock config has them fill whole hidden sizes",
-    "head": "every group keeps as many heads, and a stock config has their channels fill whole hidden sizes",
+    "head_channel": f"the kernels read channels by {CHANNELS}",
+    "head": "every group keeps as many heads",
     "state": "the scan pads the states of Mamba-2 to a power of two, and gains nothing between",
 }
 
@@ -110,8 +110,8 @@ def size(arch: Arch, step: Cut, weights: Weights) -> Size:
         return Size(step.axis, before, near)
     free = len(sizes) == before
     if keep > 1 or near == before or wanted < 0.5 or abs(near - wanted) > max(1, APART * before):
-        raise _impossible(step, before, wanted, sizes)
-    why = "units are whole" if free else WHY[step.axis]
+        raise _impossible(arch, step, before, wanted, sizes)
+    why = "units are whole" if free else _why(arch, step)
     return Size(step.axis, before, near, f"{near} of {before} {step.axis}s stay, not {wanted:g}: {why}.")
 
 
@@ -124,17 +124,28 @@ def possible(arch: Arch, step: Cut, before: int) -> list[int]:
         sizes = [each for each in sizes if each % CHANNELS == 0]
     elif not step.any_size and step.axis == "state" and "head" in arch.axes():
         sizes = [each for each in sizes if each.bit_count() == 1]
-    if step.axis != LAYER and arch.stock:
+    if step.axis != LAYER and _stock(arch, step):
         sizes = [each for each in sizes if _expressible(arch, step.axis, each)]
     return [*sizes, before]
 
 
+def _stock(arch: Arch, step: Cut) -> bool:
+    """Whether only a config of transformers may say the sizes."""
+    return step.stock_only or arch.pruned_config is None
+
+
 def _expressible(arch: Arch, axis: str, size: int) -> bool:
     try:
-        arch.fields(arch.sizes[0] | {axis: size})
+        arch.resized([block | {axis: size} for block in arch.sizes], stock=True)
     except UnsupportedError:
         return False
     return True
+
+
+def _why(arch: Arch, step: Cut) -> str:
+    """What keeps an axis from having any size."""
+    heads = step.axis in ("head", "head_channel") and _stock(arch, step)
+    return WHY[step.axis] + (", and a stock config has their channels fill whole hidden sizes" if heads else "")
 
 
 def first(arch: Arch, axis: str, after: int) -> list[Keep]:
@@ -172,12 +183,12 @@ def _within(arch: Arch, step: Cut, sizes: list[int], weights: Weights) -> int:
     return sizes[index - 1]
 
 
-def _impossible(step: Cut, before: int, wanted: float, sizes: list[int]) -> UnsupportedError:
+def _impossible(arch: Arch, step: Cut, before: int, wanted: float, sizes: list[int]) -> UnsupportedError:
     below = max((each for each in sizes if each < wanted), default=sizes[0])
     above = min((each for each in sizes if each > wanted), default=sizes[-1])
     near = " or ".join(f"{each} (--keep {each / before:.4g})" for each in sorted({below, above}))
     outside = wanted > before or wanted < 1
-    reason = f"there are {before}" if wanted > before else "at least one must" if wanted < 1 else WHY[step.axis]
+    reason = f"there are {before}" if wanted > before else "at least one must" if wanted < 1 else _why(arch, step)
     forced = "" if outside or step.axis == "head" else " Or say --any-size."
     return UnsupportedError(
         f"{wanted:g} of {before} {step.axis}s cannot stay: {reason}.", hint=f"The nearest possible: {near}.{forced}"

@@ -190,6 +190,7 @@ def test_units_may_go_by_a_recipe_with_overrides(run, models, small, tmp_path):
             "target": None,
             "correct": "none",
             "any_size": False,
+            "stock_only": False,
         }
     ]
     code, _, err = run("run", tmp_path / "mine.yaml", "kep=2", "--out", tmp_path / "other")

@@ -153,6 +153,7 @@ def test_options_arrive_as_they_were_given(calls):
         "target": "state=50%",
         "correct": "refit",
         "any_size": True,
+        "stock_only": False,
         "include": ("in_proj", "out_proj"),
         "exclude": ("x_proj",),
         "calib": "text.jsonl",

@@ -57,7 +57,12 @@ def test_a_share_between_sizes_goes_to_the_nearest_and_says_why():
         ("mamba2", {"axis": "state", "keep": 0.75}, "12 of 16 states", "8 (--keep 0.5) or 16 (--keep 1). Or say --any"),
         ("mamba2", {"axis": "state", "keep": 12}, "power of two", "8 (--keep 0.5) or 16"),
         ("mamba2-grouped", {"axis": "head", "keep": 3}, "every group keeps as many", "2 (--keep 0.5) or 4 (--keep 1)."),
-        ("mamba2", {"axis": "head", "keep": 0.75}, "fill whole hidden sizes", "4 (--keep 0.5) or 8 (--keep 1)."),
+        (
+            "mamba2",
+            {"axis": "head", "stock_only": True, "keep": 0.75},
+            "fill whole hidden sizes",
+            "4 (--keep 0.5) or 8 (--keep 1).",
+        ),
         ("mamba", {"axis": "channel", "keep": 20}, "read channels by 8", "16 (--keep 0.25) or 24"),
         ("mamba", {"axis": "channel", "keep": 0.01}, "0.64 of 64 channels", "8 (--keep 0.125)"),
         ("mamba", {"axis": "state", "target": "params=10%"}, "out of reach of the axis state", "The least is params="),

@@ -1,0 +1,45 @@
+"""Sizes that no config of transformers says, from the plan to a folder that both loaders take."""
+
+import pytest
+import torch
+
+import ssmcompress
+from ssmcompress.errors import UnsupportedError
+
+
+def test_a_plan_says_beforehand_that_the_output_brings_code():
+    told = []
+    assert not ssmcompress.plan("ref:mamba2", axis="head", keep=0.75, emit=told.append).stock
+    assert any("trust_remote_code=True" in repr(event) for event in told)
+    assert ssmcompress.plan("ref:mamba2", axis="head", keep=0.5).stock
+
+
+def test_stock_only_refuses_them_and_names_the_nearest():
+    with pytest.raises(UnsupportedError) as refused:
+        ssmcompress.plan("ref:mamba2", axis="head", keep=0.75, stock_only=True)
+    assert "nearest" in f"{refused.value.message} {refused.value.hint}".lower()
+    assert ssmcompress.plan("ref:mamba2", axis="head", keep=0.5, stock_only=True).stock
+
+
+def test_heads_between_leave_a_folder_that_replays_and_computes_what_was_written(tmp_path):
+    told = []
+    options = {"axis": "head", "keep": 0.75, "windows": 2, "length": 64, "no_eval": True}
+    ssmcompress.prune("ref:mamba2", out=tmp_path / "cut", emit=told.append, **options)
+    assert any("trust_remote_code=True" in repr(event) for event in told)
+    assert "trust_remote_code=True" in (tmp_path / "cut/README.md").read_text(encoding="utf-8")
+    ssmcompress.apply(tmp_path / "cut/edits.safetensors", "ref:mamba2", out=tmp_path / "again")
+    for name in ("model.safetensors", "config.json", "modeling_ssmcompress.py"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    model = ssmcompress.load(str(tmp_path / "cut"), dtype=torch.float32).model
+    dense = ssmcompress.load("ref:mamba2", dtype=torch.float32).model
+    heads = [block.mixer.num_heads for block in model.backbone.layers]
+    assert heads == [block.mixer.num_heads * 3 // 4 for block in dense.backbone.layers]
+
+
+def test_a_folder_with_sizes_of_its_own_is_pruned_again(tmp_path):
+    options = {"windows": 2, "length": 64, "no_eval": True}
+    ssmcompress.prune("ref:mamba2", out=tmp_path / "cut", axis="head", keep=0.75, method="magnitude", **options)
+    ssmcompress.prune(str(tmp_path / "cut"), out=tmp_path / "zeros", method="wanda", sparsity=0.5, **options)
+    masked = ssmcompress.load(str(tmp_path / "zeros"), dtype=torch.float32).model
+    weight = masked.backbone.layers[0].mixer.in_proj.weight
+    assert float((weight == 0).double().mean()) == pytest.approx(0.5, abs=0.01)
