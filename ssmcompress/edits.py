@@ -1,4 +1,4 @@
-"""What a compression does to a checkpoint, as data: masks, new values and units that stay, in one safetensors file.
+"""What a compression does to a checkpoint, as data: masks, values, tensors, units that stay, in one safetensors file.
 
 Every edit speaks of the source as it was: shapes, indices and layer numbers are its, whatever other edits remove.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class Replace:
         return self.values.detach().cpu().contiguous()
 
     @classmethod
-    def unpack(cls, tensor: str, shape: tuple[int, ...], stored: Tensor) -> "Replace":
+    def unpack(cls, tensor: str, shape: tuple[int, ...], stored: Tensor) -> Self:
         """The edit from what is stored; ValueError says what is wrong with it."""
         if stored.dtype not in FLOATS:
             raise ValueError(f"its values are {stored.dtype}, not floating point")
@@ -57,6 +57,13 @@ class Replace:
     def change(self, tensor: Tensor) -> None:
         """Changes a tensor of the right shape in place; its dtype stays."""
         tensor.copy_(self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Replace):
+    """A tensor that the source lacks, whole, in the dtype it is stored in: a bias, the basis of rotated states."""
+
+    kind: ClassVar[str] = "add"
 
 
 class _Kept:
@@ -127,9 +134,9 @@ class Keep(_Kept):
 
 
 TensorEdit = Replace | Mask
-Edit = TensorEdit | Keep
+Edit = TensorEdit | Add | Keep
 KINDS: dict[str, type[Replace] | type[Mask] | type[Keep]] = {  # in the order they apply
-    kind.kind: kind for kind in (Replace, Mask, Keep)
+    kind.kind: kind for kind in (Replace, Mask, Add, Keep)
 }
 
 
@@ -195,7 +202,8 @@ def load(path: str | os.PathLike[str]) -> Edits:
 def apply(edits: Iterable[Edit], state: Mapping[str, Tensor]) -> None:
     """Changes the tensors of a state dict in place, Replace before Mask, and nothing at all if one edit does not fit.
 
-    Units stay for `arch.surgery` to remove. Raises InputError for a tensor that is not there or has another shape.
+    Units to remove and tensors to add are left to `arch.surgery`. Raises InputError for a tensor that is not there or
+    has another shape.
     """
     groups = by_tensor(edits)
     for name, group in groups.items():
@@ -221,27 +229,31 @@ def by_tensor(edits: Iterable[Edit]) -> dict[str, list[TensorEdit]]:
     """The edits of each tensor in the order they apply, for writing shard by shard."""
     ranks = list(KINDS)
     groups: dict[str, list[TensorEdit]] = {}
-    for edit in sorted((edit for edit in edits if not isinstance(edit, Keep)), key=lambda edit: ranks.index(edit.kind)):
+    present = (edit for edit in edits if not isinstance(edit, Keep | Add))
+    for edit in sorted(present, key=lambda edit: ranks.index(edit.kind)):
         groups.setdefault(edit.tensor, []).append(edit)
     return groups
 
 
-def kept_units(edits: Iterable[Edit]) -> list[Keep]:
-    """The edits that remove units."""
-    return [edit for edit in edits if isinstance(edit, Keep)]
+def reshaping(edits: Iterable[Edit]) -> list[Keep | Add]:
+    """The edits that change what tensors there are, or their shapes."""
+    return [edit for edit in edits if isinstance(edit, Keep | Add)]
 
 
 def compose(*steps: Iterable[Edit]) -> list[Edit]:
     """One list that does what the steps do one after the other, with at most a Replace and a Mask per tensor.
 
-    Units that a step removes are gone for all: one Keep per axis and layer is left, of those that every step keeps.
+    Units that a step removes are gone for all: one Keep per axis and layer is left, of those that every step keeps. Of
+    a tensor that was added twice the last is left.
     """
     found: dict[str, dict[str, TensorEdit]] = {}
-    units: dict[str, Keep] = {}
+    units: dict[str, Keep | Add] = {}
     for step in map(tuple, steps):
-        for some in kept_units(step):
+        for some in reshaping(step):
             before = units.get(some.tensor)
-            units[some.tensor] = some if before is None else replace(some, keep=before.keep & some.keep)
+            if isinstance(some, Keep) and isinstance(before, Keep):
+                some = replace(some, keep=before.keep & some.keep)
+            units[some.tensor] = some
         for name, group in by_tensor(step).items():
             for edit in group:
                 earlier = found.setdefault(name, {})

@@ -22,6 +22,7 @@ Method = Literal[
     "flap",
     "shedder",
     "similarity",
+    "rotate",
     "random",
 ]
 AxisName = Literal["state", "channel", "dt_rank", "head", "head_channel", "layer"]
@@ -74,7 +75,7 @@ Target = Annotated[
     ),
 ]
 Correct = Annotated[
-    Literal["none", "rescale", "refit"] | None,
+    Literal["none", "rescale", "refit", "bias"] | None,
     typer.Option(
         "--correct",
         help="Make up for what went: by new weights of out_proj, or by those of the norm that heads share.",

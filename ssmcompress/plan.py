@@ -20,7 +20,7 @@ from ssmcompress.edits import Edit, Mask
 from ssmcompress.errors import InputError, RecipeError, ResourceError, UnsupportedError
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
-from ssmcompress.prune.sizes import Figures, Size, Weights, figures, first, size, weigh
+from ssmcompress.prune.sizes import Figures, Size, Weights, figures, outline, size, weigh
 from ssmcompress.prune.targets import Target, formless, targets
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import read, shipped
@@ -81,9 +81,10 @@ class Forecast:
     def zeros(self, shapes: Mapping[str, torch.Size], before: Mapping[str, int]) -> dict[str, int]:
         """The zeros of every tensor, by new name, at least: those there, which masks may choose again, or theirs."""
         least = {}
+        whole = self.surgery.shapes(shapes)
         for name, old in self.surgery.names(shapes).items():
-            shape = self.surgery.shape(old, shapes[old])
-            there = 0 if old in self.anew or shape != shapes[old] else before.get(old, 0)
+            shape = self.surgery.shape(old, whole[old])
+            there = 0 if old in self.anew or shape != whole[old] else before.get(old, 0)
             least[name] = max(there, round((1 - self.kept.get(old, 1.0)) * shape.numel()))
         return least
 
@@ -102,7 +103,7 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
         left, names = weights.after(surgery), surgery.names(weights.shapes)
         if isinstance(step, Cut):
             sizes.append(size(surgery.arch, step, left))
-            cut = first(surgery.arch, step.axis, sizes[-1].after)
+            cut = outline(surgery.arch, step, sizes[-1].after)
             units = editing.compose(units, [surgery.lift(edit, weights.shapes) for edit in cut])
             continue
         for module, target in targets(surgery.arch, step).items():
@@ -185,11 +186,14 @@ def records_of(
     `kept` speaks of the source's tensors, `zeros` of those that are left, under their new names.
     """
     records = []
+    whole = surgery.shapes(shapes)
     for name, old in surgery.names(shapes).items():
-        shape = surgery.shape(old, shapes[old])
-        reason = "" if shape == shapes[old] else f"cut from {_times(shapes[old])} to {_times(shape)}"
+        shape = surgery.shape(old, whole[old])
+        reason = "" if shape == whole[old] else f"cut from {_times(whole[old])} to {_times(shape)}"
         fields: dict[str, Any] = {"name": name, "shape": tuple(shape), "zeros": (zeros or {}).get(name)}
-        if old in kept:
+        if old in surgery.added:
+            records.append(TensorRecord(**fields, status="added", reason=_times(shape)))
+        elif old in kept:
             records.append(TensorRecord(**fields, status="pruned", kept=kept[old], reason=reason))
         elif reason:
             records.append(TensorRecord(**fields, status="cut", reason=reason.removeprefix("cut ")))

@@ -19,7 +19,7 @@ from ssmcompress.checkpoint.manifest import ShapeRecord, SizeRecord, SourceRecor
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import Checkpoint
 from ssmcompress.checkpoint.verify import Verification
-from ssmcompress.edits import Edit, Mask, Replace, kept_units
+from ssmcompress.edits import Edit, Mask, Replace, reshaping
 from ssmcompress.measure.glance import ON, Glance
 from ssmcompress.measure.perplexity import paired_difference
 from ssmcompress.prune.sizes import Weights, figures, weigh
@@ -96,10 +96,10 @@ def described(windows: Windows | None) -> dict[str, Any] | None:
 def fingerprint(edits: Sequence[Edit], weights: Mapping[str, Tensor]) -> str:
     """A hash of the tensors that edits change, as they are before: the edits belong to them and to no others.
 
-    Units run through every tensor of a block, so that with them all tensors count.
+    Units run through every tensor of a block, and a new tensor is made for all, so that with them all tensors count.
     """
     found = hashlib.sha256()
-    for name in sorted(weights if kept_units(edits) else {edit.tensor for edit in edits} & set(weights)):
+    for name in sorted(weights if reshaping(edits) else {edit.tensor for edit in edits} & set(weights)):
         tensor = weights[name].contiguous()
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
@@ -107,8 +107,8 @@ def fingerprint(edits: Sequence[Edit], weights: Mapping[str, Tensor]) -> str:
 
 
 def shape(arch: Arch, stored: Shards, edits: Sequence[Edit]) -> ShapeRecord | None:
-    """What became of the sizes; None where no units were removed."""
-    if not kept_units(edits):
+    """What became of the sizes; None where nothing was removed or added."""
+    if not reshaping(edits):
         return None
     weights, surgery = weigh(stored), Surgery(arch, edits)
     before, after = (_size(each, weights) for each in (Surgery(arch, ()), surgery))

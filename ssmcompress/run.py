@@ -262,7 +262,7 @@ def _edit(
         surgery, layers = Surgery(checkpoint.arch, found), journal.step(i)
         if layers:
             tell(Note(f"Going on from an earlier run: {len(layers)} of {edited.arch.layers} layers are done."))
-        dtypes = {new: stored.dtype(old) for new, old in surgery.names(stored).items()}
+        dtypes = {new: _dtype(surgery, stored, old) for new, old in surgery.names(stored).items()}
         if isinstance(step, Cut):
             left = weigh(stored).after(surgery)
             made = cut(edited.model, edited.arch, step, left, ids, dtypes, recipe.seed, tell, layers)
@@ -273,10 +273,15 @@ def _edit(
     return found, edited
 
 
+def _dtype(surgery: Surgery, stored: Shards, name: str) -> torch.dtype:
+    """What a tensor of the source, or one that is new, is stored in."""
+    return surgery.added[name].dtype if name in surgery.added else stored.dtype(name)
+
+
 def _edited(checkpoint: Checkpoint, found: Sequence[Edit]) -> Checkpoint:
     """What edits make of a checkpoint in memory, which is used up."""
     editing.apply(found, dict(checkpoint.model.named_parameters()))
-    if not editing.kept_units(found):
+    if not editing.reshaping(found):
         return checkpoint
     surgery = Surgery(checkpoint.arch, found)
     return replace(checkpoint, model=surgery.operate(checkpoint.model), arch=surgery.arch)
@@ -329,14 +334,15 @@ def _write(
 
     def value(name: str) -> Tensor:
         old = names[name]
-        tensors = {old: weights[old]}
+        tensors = {old: surgery.added[old] if old in surgery.added else weights[old]}
         editing.apply(by_name.get(old, ()), tensors)
         tensor = surgery.cut(old, tensors[old])
         zeros[name] = tensor.numel() - int(tensor.count_nonzero())
         return tensor
 
+    whole = surgery.shapes({name: weights.shape(name) for name in weights})
     shapes = {
-        new: torch.empty(surgery.shape(old, weights.shape(old)), dtype=weights.dtype(old), device="meta")
+        new: torch.empty(surgery.shape(old, whole[old]), dtype=_dtype(surgery, weights, old), device="meta")
         for new, old in names.items()
     }
     write(edited, folder, shapes, value=value, shard_size=recipe.save.shard_size)

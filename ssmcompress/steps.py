@@ -11,7 +11,7 @@ Scope = Literal["row", "tensor"]
 Method = Literal["wanda", "magnitude", "sparsegpt"]
 UNITS = ("taylor", "flap", "minitron", "magnitude", "random")
 METHODS = {  # of each axis, the usual one first
-    "state": ("ghost", "joint", "sparsessm", "last", "taylor", "magnitude", "random"),
+    "state": ("ghost", "joint", "sparsessm", "last", "taylor", "magnitude", "random", "rotate"),
     "channel": UNITS,
     "dt_rank": ("wanda", "taylor", "magnitude", "random"),
     "head": UNITS,
@@ -100,8 +100,10 @@ class Cut(Strict):
 
     `keep` is the share that stays (up to 1) or their number (above 1); `target` a budget: params=75%, state=50% or
     memory=500MB, of the whole model. `correct` makes up for what went: refit solves each out_proj for the dense block's
-    output, and is usual for channels and heads; rescale corrects the norm that heads share. `any_size` lets sizes pass
-    that kernels run slowly or not at all; `stock_only` refuses those that no config of transformers says.
+    output, and is usual for channels and heads; bias gives it the mean of what went; rescale corrects the norm that
+    heads share. The method rotate takes the states of Mamba-2 to a basis of fewer instead of choosing among them.
+    `any_size` lets sizes pass that kernels run slowly or not at all; `stock_only` refuses those that no config of
+    transformers says.
     """
 
     step: Literal["prune"] = "prune"
@@ -109,7 +111,7 @@ class Cut(Strict):
     method: str | None = None
     keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     target: str | None = None
-    correct: Literal["none", "rescale", "refit"] | None = None
+    correct: Literal["none", "rescale", "refit", "bias"] | None = None
     any_size: bool = False
     stock_only: bool = False
 
@@ -126,8 +128,8 @@ class Cut(Strict):
             raise ValueError(f"an axis needs either keep or target, to say how many units of {self.axis} stay")
         if self.correct == "rescale" and self.axis not in ("head", "head_channel"):
             raise ValueError(f"rescale corrects the norm that heads share; the axis {self.axis} has none")
-        if self.correct == "refit" and self.axis == "layer":
-            raise ValueError("refit needs a block whose output projection stays; the axis layer leaves none")
+        if self.correct in ("refit", "bias") and self.axis == "layer":
+            raise ValueError(f"{self.correct} needs a block whose output projection stays; the axis layer leaves none")
         if self.method not in (None, *METHODS[self.axis]):
             near = get_close_matches(str(self.method), METHODS[self.axis], n=1)
             known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS[self.axis])}"
@@ -143,6 +145,11 @@ class Cut(Strict):
     def correction(self) -> str:
         """What makes up for the units that went; usually a refit where it helped on the validation novel."""
         return self.correct or ("refit" if self.axis in REFITTED else "none")
+
+    @property
+    def rotates(self) -> bool:
+        """Whether states are taken to another basis."""
+        return self.method == "rotate"
 
     @property
     def calibrated(self) -> bool:

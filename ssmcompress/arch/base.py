@@ -1,7 +1,7 @@
 """What every family tells the rest of the house: its blocks, its prunable weights, its axes and what couples them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard, cast
 
@@ -16,6 +16,8 @@ from ssmcompress.kernels.reference import PAD, step_size
 
 Taps = Callable[[str, Any], None]
 Offset = Callable[[Tensor], Tensor]
+BIAS = "mixer.out_proj.bias"
+ROTATION = ("mixer.rotation.B", "mixer.rotation.C")
 
 
 @dataclass(frozen=True)
@@ -108,23 +110,48 @@ class Arch(ABC):
         """Whether out_proj has a bias where in_proj has none."""
         return False
 
+    @property
+    def biased(self) -> bool:
+        """Whether out_proj has a bias."""
+        return self.config.use_bias or self.out_proj_bias
+
+    @property
+    def rotated(self) -> tuple[int | None, ...]:
+        """How many states each layer's B and C have before they are taken to a basis of fewer; None: they are not."""
+        return (None,) * self.layers
+
+    def additions(self, layer: int) -> dict[str, tuple[int | str | None, ...]]:
+        """The tensors that edits may add to a block, with their shapes: an axis has its size, None any."""
+        if self.pruned_config is None or self.biased:
+            return {}
+        return {BIAS: (self.config.hidden_size,)}
+
     def resized(
-        self, sizes: Sequence[Mapping[str, int]], *, out_proj_bias: bool = False, stock: bool = False
+        self,
+        sizes: Sequence[Mapping[str, int]],
+        *,
+        out_proj_bias: bool = False,
+        rotated: Sequence[int | None] = (),
+        stock: bool = False,
     ) -> PreTrainedConfig:
         """The config of this model with other sizes, a mapping a layer: a stock one where there is one that says them.
 
-        `out_proj_bias` adds a bias to out_proj alone. UnsupportedError where no config says it, or with `stock` no
-        stock one.
+        `out_proj_bias` adds a bias to out_proj alone; `rotated` is as the property, for the layers that are left.
+        UnsupportedError where no config says it, or with `stock` no stock one.
         """
         bias = self.out_proj_bias or (out_proj_bias and not self.config.use_bias)
         try:
             if bias:
                 raise UnsupportedError(f"A stock {self.stock_config.model_type} config has no bias for out_proj alone.")
+            if any(rotated):
+                raise UnsupportedError(f"A stock {self.stock_config.model_type} config knows no rotated states.")
             return self._said(self.stock_config, self._shared(sizes))
         except UnsupportedError:
             if stock or self.pruned_config is None:
                 raise
         blocks = [{axis: block[axis] for axis in self.sizes[0]} for block in sizes]
+        for block, before in zip(blocks, rotated, strict=False):
+            block |= {} if before is None else {"rotated_from": before}
         fields = {"num_hidden_layers": len(blocks), "block_sizes": blocks, "out_proj_bias": bias}
         try:
             return self._said(self.pruned_config, fields)
@@ -309,7 +336,7 @@ def hold(dt: Tensor, mask: Tensor | None) -> Tensor:
     return silence(dt, mask, PAD)
 
 
-def adopt(blocks: nn.ModuleList, mixer: type[Mixer]) -> None:
+def adopt(blocks: Iterable[Any], mixer: type[Mixer]) -> None:
     """Gives every block's mixer our forward: the same parameters under the same names."""
     for block in blocks:
         block.mixer.__class__ = mixer

@@ -9,7 +9,19 @@ from transformers import Mamba2Config, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
-from ssmcompress.arch.base import Arch, Axis, Mixer, Scan, Slice, adopt, decay, hold, real_positions, silence
+from ssmcompress.arch.base import (
+    ROTATION,
+    Arch,
+    Axis,
+    Mixer,
+    Scan,
+    Slice,
+    adopt,
+    decay,
+    hold,
+    real_positions,
+    silence,
+)
 from ssmcompress.arch.modeling_ssmcompress import PrunedMamba2Config
 from ssmcompress.errors import UnsupportedError
 
@@ -46,7 +58,7 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
         grouped = self.n_groups * self.ssm_state_size
         x, B, C = xBC.split([self.intermediate_size, grouped, grouped], dim=-1)
         x = x.view(batch, length, self.num_heads, self.head_dim)
-        B, C = (t.view(batch, length, self.n_groups, self.ssm_state_size) for t in (B, C))
+        B, C = self._basis(*(t.view(batch, length, self.n_groups, self.ssm_state_size) for t in (B, C)))
         A = decay(self.A_log)
         limit = cast(tuple[float, float], tuple(self.time_step_limit))
         self.tap("scan", Scan(x, dt, A[:, None], B, C, self.dt_bias, limit))
@@ -61,6 +73,10 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
         if self.offset is not None:
             y = y + self.offset(C)
         return y.reshape(batch, length, self.intermediate_size)
+
+    def _basis(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """B and C [B, L, G, N] in the basis of the states."""
+        return B, C
 
 
 class Mamba2Model(stock.Mamba2Model):
@@ -89,12 +105,12 @@ class Mamba2(Arch):
     model_class: type[PreTrainedModel] = Mamba2ForCausalLM
     prunable = ("in_proj", "conv1d", "out_proj")
     hookless = ("conv1d", "A_log", "D", "dt_bias")
-    fixed = ("A_log", "D", "dt_bias", "embeddings", "lm_head")
+    fixed = ("A_log", "D", "dt_bias", "rotation", "embeddings", "lm_head")
 
     def axes(self, layer: int = 0) -> dict[str, Axis]:
         """Head, head_channel (the same index in every head) and state (the same index in every group, for B and C)."""
-        heads, width, size = (self.sizes[layer][axis] for axis in ("head", "head_channel", "state"))
-        groups, inner = self.config.n_groups, heads * width
+        heads, width, states = (self.sizes[layer][axis] for axis in ("head", "head_channel", "state"))
+        groups, inner, size = self.config.n_groups, heads * width, self.rotated[layer] or states
 
         def inner_units(**where: int) -> tuple[Slice, ...]:
             return (
@@ -111,23 +127,31 @@ class Mamba2(Arch):
             Slice("mixer.A_log", 0),
             Slice("mixer.D", 0),
         )
-        states: tuple[Slice, ...] = ()
+        plain: tuple[Slice, ...] = ()
         for start in (inner, inner + groups * size):  # B, then C; in_proj has z before them
             where = {"period": size, "repeats": groups}
-            states += self.rows("in_proj", offset=inner + start, **where) + self.rows("conv1d", offset=start, **where)
+            plain += self.rows("in_proj", offset=inner + start, **where) + self.rows("conv1d", offset=start, **where)
+        rotated = tuple(Slice(name, 1) for name in ROTATION)
         return {
             "head": Axis("head", heads, inner_units(width=width) + per_head, None),
             "head_channel": Axis("head_channel", width, inner_units(period=width, repeats=heads), None),
-            "state": Axis("state", size, states, "state_size"),
+            "state": Axis("state", states, rotated if self.rotated[layer] else plain, "state_size"),
         }
+
+    def additions(self, layer: int) -> dict[str, tuple[int | str | None, ...]]:
+        """A bias of out_proj, and the basis [groups, fewer, states] of B and of C."""
+        found = super().additions(layer)
+        if self.rotated[layer] is None:
+            found |= dict.fromkeys(ROTATION, (self.config.n_groups, None, "state"))
+        return found
 
     def state_bytes(self) -> int:
         """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""
         left, groups = self.config.conv_kernel - 1, self.config.n_groups
         entries = 0
-        for block in self.sizes:
+        for block, before in zip(self.sizes, self.rotated, strict=True):
             inner, size = block["head"] * block["head_channel"], block["state"]
-            entries += inner * size + (inner + 2 * groups * size) * left
+            entries += inner * size + (inner + 2 * groups * (before or size)) * left
         return 4 * entries
 
     def fields(self, sizes: Mapping[str, int]) -> dict[str, int]:

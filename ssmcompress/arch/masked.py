@@ -1,7 +1,8 @@
 """The slow truth beside `surgery`: the dense model in which removed units are silent, and norms count only the others.
 
 Units whose weights are zero still widen the mean of a norm that they pass: the gated norm of Mamba-2, and the
-weightless norms of Falcon Mamba. There the sum is divided by the number of entries that stay.
+weightless norms of Falcon Mamba. There the sum is divided by the number of entries that stay. Rotated states are the
+dense ones, of which only a projection is read.
 """
 
 from collections.abc import Iterable
@@ -11,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmcompress.arch.base import Arch
+from ssmcompress.arch.base import ROTATION, Arch
+from ssmcompress.arch.mamba2 import Mamba2Mixer
 from ssmcompress.arch.surgery import LAYER, removed
-from ssmcompress.edits import Keep
+from ssmcompress.edits import Add, Edit, Keep
 
 WEIGHTLESS = {"state": ("b_layernorm", "c_layernorm"), "dt_rank": ("dt_layernorm",)}
 
@@ -38,11 +40,27 @@ class KeptNorm(nn.Module):
         return y if self.weight is None else self.weight * y
 
 
+class ProjectedMixer(Mamba2Mixer):
+    """Mamba-2 that reads of its states what `projector` [groups, states, states] leaves."""
+
+    projector: Tensor
+
+    def _basis(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        return B, torch.einsum("blgn,gnm->blgm", C, self.projector)
+
+
 @torch.no_grad()
-def mask(model: nn.Module, arch: Arch, edits: Iterable[Keep]) -> None:
+def mask(model: nn.Module, arch: Arch, edits: Iterable[Edit]) -> None:
     """Silences the removed units of a dense model in place, so that it computes what the smaller one does."""
-    blocks = arch.blocks(model)
+    blocks, edits = arch.blocks(model), list(edits)
+    added = {edit.tensor: edit.values for edit in edits if isinstance(edit, Add)}
+    for layer, block in enumerate(blocks):
+        into, out = (added.get(arch.prefix(layer) + name) for name in ROTATION)
+        if into is not None and out is not None:
+            block.mixer.__class__, block.mixer.projector = ProjectedMixer, out.mT @ into
     for edit in edits:
+        if not isinstance(edit, Keep):
+            continue
         if edit.layer is None:
             for layer in (~edit.keep).nonzero().flatten().tolist():
                 for parameter in blocks[layer].mixer.out_proj.parameters():

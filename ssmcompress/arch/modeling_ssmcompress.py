@@ -2,16 +2,21 @@
 
 ssmcompress writes this file beside weights that no config of transformers describes; it imports nothing but torch and
 transformers. `block_sizes` in config.json holds the sizes of each block; the fields that are one number for all blocks
-are those of the model that was cut. `out_proj_bias` gives out_proj, and nothing else, a bias.
+are those of the model that was cut. `out_proj_bias` gives out_proj, and nothing else, a bias. A block of Mamba-2 with
+`rotated_from` projects that many states of B and C into a basis of fewer before the scan.
 """
 
 import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.models.mamba.modeling_mamba import MambaBlock
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
+from transformers.models.mamba2 import modeling_mamba2 as mamba2
+
+ROTATED = "rotated_from"
 
 
 def check(config: Any) -> None:
@@ -22,7 +27,7 @@ def check(config: Any) -> None:
         raise ValueError(f"block_sizes {found}; expected a list of {layers}, one for each layer.")
     for layer, block in enumerate(sizes):
         where = f"block_sizes[{layer}]"
-        if not isinstance(block, dict) or set(block) != set(config.axes):
+        if not isinstance(block, dict) or set(block) - set(config.optional) != set(config.axes):
             found = ", ".join(map(str, block)) if isinstance(block, dict) else repr(block)
             raise ValueError(f"{where} holds {found or 'nothing'}; expected {', '.join(config.axes)}.")
         for axis, size in block.items():
@@ -30,6 +35,8 @@ def check(config: Any) -> None:
                 raise ValueError(f"{where} gives {axis} as {size!r}; expected a whole number of at least 1.")
         if block.get("head", 0) % getattr(config, "n_groups", 1):
             raise ValueError(f"{where} gives head as {block['head']}; expected a multiple of {config.n_groups} groups.")
+        if block["state"] > block.get(ROTATED, block["state"]):
+            raise ValueError(f"{where} gives state as {block['state']}; expected at most the {block[ROTATED]} it was.")
     if type(config.out_proj_bias) is not bool:
         raise ValueError(f"out_proj_bias is {config.out_proj_bias!r}; expected true or false.")
 
@@ -39,6 +46,7 @@ class PrunedMambaConfig(MambaConfig):
 
     model_type = "ssmcompress_mamba"
     axes = ("channel", "state", "dt_rank")
+    optional = ()
     block_sizes: list[dict[str, int]] | None = None
     out_proj_bias: bool = False
 
@@ -61,6 +69,7 @@ class PrunedMamba2Config(Mamba2Config):
 
     model_type = "ssmcompress_mamba2"
     axes = ("head", "head_channel", "state")
+    optional = (ROTATED,)
     block_sizes: list[dict[str, int]] | None = None
     out_proj_bias: bool = False
 
@@ -75,9 +84,90 @@ class PrunedMamba2Config(Mamba2Config):
         return {
             "num_heads": sizes["head"],
             "head_dim": sizes["head_channel"],
-            "state_size": sizes["state"],
+            "state_size": sizes.get(ROTATED, sizes["state"]),
             "expand": (inner + 0.5) / self.hidden_size,  # its mixer multiplies the two and rounds down
         }
+
+
+class Rotation(nn.Module):
+    """Takes B and C [..., groups, states] into the basis that the states live in, [..., groups, fewer]."""
+
+    def __init__(self, groups: int, fewer: int, states: int) -> None:
+        super().__init__()
+        self.B = nn.Parameter(torch.eye(fewer, states).repeat(groups, 1, 1))
+        self.C = nn.Parameter(torch.eye(fewer, states).repeat(groups, 1, 1))
+
+    def forward(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """Each by its own basis [groups, fewer, states]."""
+        return rotated(B, self.B), rotated(C, self.C)
+
+
+def rotated(x: Tensor, basis: Tensor) -> Tensor:
+    """x [..., groups, states] in a basis [groups, fewer, states]: [..., groups, fewer]."""
+    return torch.einsum("...gn,grn->...gr", x, basis.to(x.dtype))
+
+
+class RotatedMamba2Mixer(mamba2.Mamba2Mixer):
+    """The mixer of Mamba-2 with a `rotation` between convolution and scan."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Hidden states [B, L, d] → [B, L, d]; the cache, where given, is read and brought up to date."""
+        batch, length, _ = hidden_states.shape
+        grouped, cache = self.n_groups * self.ssm_state_size, cache_params
+        state = None if cache is None else cache.get_recurrent_state(self.layer_idx)
+        sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
+        projected = self.in_proj(mamba2.apply_mask_to_padding_states(hidden_states, attention_mask))
+        gate, xBC, dt = projected.split(sizes, dim=-1)
+        xBC = mamba2.apply_mask_to_padding_states(convolve(self, xBC, cache), attention_mask)
+        x, B, C = xBC.split([self.intermediate_size, grouped, grouped], dim=-1)
+        x = x.reshape(batch, length, self.num_heads, self.head_dim)
+        B, C = self.rotation(*(part.reshape(batch, length, self.n_groups, -1) for part in (B, C)))
+        if state is not None and length == 1:
+            y, state = self.step(state, x[:, 0], dt[:, 0], B[:, 0], C[:, 0])
+        else:
+            y, state = mamba2.mamba2_chunk_scan(
+                x,
+                dt,
+                -torch.exp(self.A_log.float()),
+                B,
+                C,
+                chunk_size=self.chunk_size,
+                D=self.D,
+                dt_bias=self.dt_bias,
+                dt_softplus=True,
+                dt_limit=self.time_step_limit,
+                initial_states=state,
+                return_final_states=True,
+            )
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
+        y = self.norm(y.reshape(batch, length, -1), gate)
+        return self.out_proj(y.to(hidden_states.dtype))
+
+    def step(self, state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """One token: state [B, H, P, r], x [B, H, P], dt [B, H], B and C [B, G, r] → y [B, H, P] and the state."""
+        heads = self.num_heads // self.n_groups
+        delta = softplus((dt + self.dt_bias).float()).clamp(*self.time_step_limit)
+        decay = torch.exp(-delta * torch.exp(self.A_log.float()))
+        B, C = (part.float().repeat_interleave(heads, dim=1) for part in (B, C))
+        state = decay[..., None, None] * state + (delta[..., None] * x)[..., None] * B[:, :, None]
+        return torch.einsum("bhpr,bhr->bhp", state, C) + self.D[:, None] * x, state
+
+
+def convolve(mixer: Any, x: Tensor, cache: Any) -> Tensor:
+    """The short convolution and its activation, [B, L, C] → [B, L, C]; the cache keeps the last inputs."""
+    length, x = x.shape[1], x.transpose(1, 2)
+    if cache is not None:
+        x = cache.update_conv_state(x, mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
+    kernel = mixer.conv1d.weight.squeeze(1)
+    y = mamba2.causal_conv1d_fn(x, kernel, mixer.conv1d.bias, activation=mixer.activation)
+    return y[..., -length:].transpose(1, 2)
 
 
 def rebuild(model: Any, kind: Any) -> None:
@@ -90,6 +180,9 @@ def rebuild(model: Any, kind: Any) -> None:
         if config.out_proj_bias:
             block.mixer.out_proj = nn.Linear(block.mixer.intermediate_size, config.hidden_size)
             block.mixer.use_bias = True  # the fused kernels ask this
+        if ROTATED in sizes:
+            block.mixer.rotation = Rotation(config.n_groups, sizes["state"], sizes[ROTATED])
+            block.mixer.__class__ = RotatedMamba2Mixer
     model.backbone.layers = nn.ModuleList(blocks)
     model.post_init()
 
@@ -111,4 +204,4 @@ class PrunedMamba2ForCausalLM(Mamba2ForCausalLM):
 
     def __init__(self, config: PrunedMamba2Config) -> None:
         super().__init__(config)
-        rebuild(self, Mamba2Block)
+        rebuild(self, mamba2.Mamba2Block)

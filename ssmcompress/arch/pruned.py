@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmcompress.arch import modeling_ssmcompress as modeling
@@ -27,12 +28,20 @@ class PrunedMambaForCausalLM(modeling.PrunedMambaForCausalLM):
         adopt(self.backbone.layers, MambaMixer)
 
 
+class RotatedMamba2Mixer(Mamba2Mixer):
+    """The mixer of Mamba-2 whose states live in a basis of their own."""
+
+    def _basis(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rotation(B, C)
+
+
 class PrunedMamba2ForCausalLM(modeling.PrunedMamba2ForCausalLM):
     """`PrunedMamba2ForCausalLM` with our mixer in every block."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        adopt(self.backbone.layers, Mamba2Mixer)
+        for block in self.backbone.layers:
+            adopt([block], RotatedMamba2Mixer if hasattr(block.mixer, "rotation") else Mamba2Mixer)
         self.backbone.__class__ = Mamba2Model
 
 
@@ -45,6 +54,11 @@ class _Pruned(Arch):
     def sizes(self) -> tuple[dict[str, int], ...]:
         """The size of every axis, a mapping a layer."""
         return tuple({axis: block[axis] for axis in self.config.axes} for block in self.config.block_sizes)
+
+    @property
+    def rotated(self) -> tuple[int | None, ...]:
+        """How many states each layer's B and C have before they are taken to a basis of fewer; None: they are not."""
+        return tuple(block.get("rotated_from") for block in self.config.block_sizes)
 
     @property
     def out_proj_bias(self) -> bool:

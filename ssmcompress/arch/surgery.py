@@ -1,4 +1,4 @@
-"""Removes units from a model: every tensor that an axis couples is cut, and what it cuts keeps its bits."""
+"""Removes units from a model and adds tensors to it: what an axis couples is cut together, and keeps its bits."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssmcompress.arch.base import Arch, Axis, mixers, use_backend
+from ssmcompress.arch.base import BIAS, ROTATION, Arch, Axis, mixers, use_backend
 from ssmcompress.arch.registry import arch_for
-from ssmcompress.edits import Edit, Keep, Mask, Replace
+from ssmcompress.edits import Add, Edit, Keep, Mask, Replace
 from ssmcompress.errors import InputError, UnsupportedError
 
 LAYER = "layer"  # the axis of whole blocks
@@ -19,39 +19,53 @@ BLOCK = re.compile(r"backbone\.layers\.(\d+)\.(.+)")
 
 
 class Surgery:
-    """What is left of a model when only some units stay. Names and indices are the source's unless called new.
+    """What is left of a model when only some units stay, and what is new. Names and indices are the source's unless
+    called new.
 
     Raises UnsupportedError for an axis the model does not have or a shape that no config says, InputError for edits of
-    another number of units or layers.
+    another number of units or layers, or tensors that have no place.
     """
 
     def __init__(self, arch: Arch, edits: Iterable[Edit]) -> None:
+        edits = list(edits)
         self.source = arch
         self.keeps = [edit for edit in edits if isinstance(edit, Keep)]
+        self.added = {edit.tensor: edit.values for edit in edits if isinstance(edit, Add)}
         for edit in self.keeps:
             self._check(edit)
         blocks = next((edit.keep for edit in self.keeps if edit.axis == LAYER), torch.ones(arch.layers).bool())
         self.layers = [layer for layer in range(arch.layers) if blocks[layer]]
+        self._check_added()
 
     @cached_property
     def arch(self) -> Arch:
         """The family, bound to the config of what is left."""
         sizes = [dict(self.source.sizes[layer]) for layer in self.layers]
+        self._require_alike()
+        rotated = [self.source.rotated[layer] for layer in self.layers]
         for edit in self.keeps:
             if edit.layer in self.layers:
                 sizes[self.layers.index(edit.layer)][edit.axis] = int(edit.keep.sum())
-        return arch_for(self.source.resized(sizes))
+        for new, layer in enumerate(self.layers):
+            if (basis := self.added.get(self.source.prefix(layer) + ROTATION[0])) is not None:
+                rotated[new], sizes[new]["state"] = sizes[new]["state"], basis.shape[1]
+        bias = any(name.endswith(BIAS) for name in self.added)
+        return arch_for(self.source.resized(sizes, out_proj_bias=bias, rotated=rotated))
 
     def names(self, tensors: Iterable[str]) -> dict[str, str]:
-        """New name → name, of the tensors that stay, in their order."""
+        """New name → name, of the tensors that stay, in their order, and of those that are new."""
         found = {}
-        for name in tensors:
+        for name in dict.fromkeys([*tensors, *self.added]):
             inside = BLOCK.fullmatch(name)
             if inside is None:
                 found[name] = name
             elif (layer := int(inside[1])) in self.layers:
                 found[self.source.prefix(self.layers.index(layer)) + inside[2]] = name
         return found
+
+    def shapes(self, stored: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+        """The shapes of the source's tensors, given, and of the new ones, before anything is cut."""
+        return dict(stored) | {name: values.shape for name, values in self.added.items()}
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """What stays of a tensor."""
@@ -67,11 +81,15 @@ class Surgery:
     def indices(self, name: str, shape: torch.Size) -> dict[int, Tensor]:
         """The indices that stay of a tensor of this shape, by the dimension that is cut."""
         inside = BLOCK.fullmatch(name)
-        stays: dict[int, Tensor] = {}
-        for edit in self.keeps if inside else ():
-            if inside is not None and edit.layer == int(inside[1]):
-                for dim, gone in removed(self.source.axes(edit.layer)[edit.axis], edit.keep, inside[2]).items():
+        if inside is None:
+            return {}
+        layer, stays = int(inside[1]), dict[int, Tensor]()
+        new = self.source.additions(layer).get(inside[2], ())
+        for edit in self.keeps:
+            if edit.layer == layer:
+                for dim, gone in removed(self.source.axes(layer)[edit.axis], edit.keep, inside[2]).items():
                     stays.setdefault(dim, torch.ones(shape[dim], dtype=torch.bool))[gone] = False
+                stays |= {dim: edit.keep for dim, size in enumerate(new) if size == edit.axis}
         return {dim: stay.nonzero().flatten() for dim, stay in stays.items()}
 
     def lift(self, edit: Edit, shapes: Mapping[str, torch.Size]) -> Edit:
@@ -81,20 +99,34 @@ class Surgery:
         """
         if isinstance(edit, Keep):
             return self._lift_units(edit)
-        name = self.names(shapes)[edit.tensor]
         whole = edit.keep if isinstance(edit, Mask) else edit.values
-        full = torch.full(shapes[name], isinstance(edit, Mask), dtype=whole.dtype)
-        where = self.indices(name, shapes[name])
-        grid = [where.get(dim, torch.arange(size)) for dim, size in enumerate(shapes[name])]
-        full[torch.meshgrid(*grid, indexing="ij")] = whole.cpu()
-        return Mask(name, full) if isinstance(edit, Mask) else Replace(name, full)
+        if isinstance(edit, Add):
+            name, shape = self._whole(edit)
+        else:
+            name = self.names(shapes)[edit.tensor]
+            shape = self.shapes(shapes)[name]
+        full = torch.full(shape, isinstance(edit, Mask), dtype=whole.dtype, device=whole.device)
+        where = self.indices(name, shape)
+        grid = [where.get(dim, torch.arange(size)) for dim, size in enumerate(shape)]
+        full[torch.meshgrid(*grid, indexing="ij")] = whole
+        kind = Mask if isinstance(edit, Mask) else Add if name not in shapes else Replace
+        return kind(name, full)
+
+    def _whole(self, edit: Add) -> tuple[str, torch.Size]:
+        """The name of a new tensor in terms of the source, and its shape if nothing had been cut."""
+        inside = BLOCK.fullmatch(edit.tensor)
+        assert inside is not None
+        layer = self.layers[int(inside[1])]
+        sizes = zip(self.source.additions(layer)[inside[2]], edit.values.shape, strict=True)
+        known = self.source.sizes[layer]
+        return self.source.prefix(layer) + inside[2], torch.Size(known.get(str(name), size) for name, size in sizes)
 
     def operate(self, model: PreTrainedModel) -> PreTrainedModel:
         """The smaller model, with copies of what stays of the weights, on the same device and kernels."""
         state = {key: tensor for key, tensor in model.state_dict().items() if key not in tied(model)}
-        small = self.arch.assemble(
-            {new: self.cut(old, state[old]).clone() for new, old in self.names(state).items()}, model.device
-        )
+        names = self.names(state)
+        state |= {name: values.to(model.device) for name, values in self.added.items()}
+        small = self.arch.assemble({new: self.cut(old, state[old]).clone() for new, old in names.items()}, model.device)
         small.generation_config = model.generation_config
         use_backend(small, next(mixers(model)).backend)
         return small.train(model.training)
@@ -125,6 +157,40 @@ class Surgery:
                 f" {self.source.layers} layers.",
                 hint="Are these the edits of another model?",
             )
+
+    def _check_added(self) -> None:
+        for name, values in self.added.items():
+            inside = BLOCK.fullmatch(name)
+            known = inside is not None and int(inside[1]) < self.source.layers
+            shape = self._place(int(inside[1]), inside[2]) if inside is not None and known else None
+            if shape is None or not _fits(shape, values.shape):
+                raise InputError(
+                    f"The edits add {name} of the shape {list(values.shape)}, for which the model has no place.",
+                    hint="Are these the edits of another model?",
+                )
+
+    def _place(self, layer: int, name: str) -> tuple[int | None, ...] | None:
+        """The shape that a new tensor must have, None where it may be any; None where it has no place."""
+        known, places = self.source.sizes[layer], self.source.additions(layer)
+        if name not in places:
+            return None
+        return tuple(known[size] if isinstance(size, str) else size for size in places[name])
+
+    def _require_alike(self) -> None:
+        """InputError unless every layer that stays gets the same new tensors, and bases of one size."""
+        places = [self.source.additions(layer) for layer in self.layers]
+        blocks = [
+            {place: self.added[name] for place in there if (name := self.source.prefix(layer) + place) in self.added}
+            for layer, there in zip(self.layers, places, strict=True)
+        ]
+        for block in blocks:
+            bases = [block[name].shape for name in ROTATION if name in block]
+            if block.keys() != blocks[0].keys() or (bases and bases != bases[:1] * len(ROTATION)):
+                raise InputError("The edits add different tensors to different layers.", hint="Make them again.")
+
+
+def _fits(expected: tuple[int | None, ...], shape: torch.Size) -> bool:
+    return len(expected) == len(shape) and all(want in (None, size) for want, size in zip(expected, shape, strict=True))
 
 
 def removed(axis: Axis, keep: Tensor, tensor: str) -> dict[int, Tensor]:

@@ -46,6 +46,30 @@ class States(Statistic):
         self.count += read.shape[0] * read.shape[1]
 
 
+class Gramians(Statistic):
+    """Sums over tokens, float64 [groups, states, states], of h hᵀ over a group's channels, and of C Cᵀ."""
+
+    def __init__(self, groups: int, size: int) -> None:
+        super().__init__(size, (2, groups, size, size), torch.float64)
+
+    @classmethod
+    def of(cls, x: Any) -> Self:
+        """An empty one for such a scan."""
+        return cls(*x.C.shape[2:])
+
+    def add(self, x: Any) -> None:
+        """Takes in a scan of whole windows."""
+        scan: Scan = x
+        groups = scan.C.shape[2]
+        self.total = self.total.to(scan.C.device)
+        for state in scan.states():
+            rows = state.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 3)  # [G, everything else, N]
+            self.total[0] += (rows.mT @ rows).double()
+        reads = scan.C.flatten(0, 1).transpose(0, 1).double()
+        self.total[1] += reads.mT @ reads
+        self.count += scan.C.shape[0] * scan.C.shape[1]
+
+
 class StatesInTime(Statistic):
     """Σ over windows and channels of A_log² h² before each token, float64 [tokens, states] (SparseSSM, thm. 1)."""
 

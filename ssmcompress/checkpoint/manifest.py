@@ -66,7 +66,7 @@ class TensorRecord(Record):
 
     name: str
     shape: tuple[int, ...]
-    status: Literal["pruned", "cut", "kept", "unsupported"]
+    status: Literal["pruned", "cut", "added", "kept", "unsupported"]
     kept: float = 1.0
     zeros: int | None = None
     reason: str = ""

@@ -1,4 +1,4 @@
-"""What makes up for removed units: the norm they shared, or the projection that reads what is left."""
+"""What makes up for removed units: the norm they shared, the projection that reads what is left, or its bias."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -41,6 +41,20 @@ def refitted(dense: nn.Module, cut: nn.Module, hidden: Sequence[Tensor]) -> Tens
     square.diagonal().add_(ridge)
     solved = torch.linalg.solve(square, (cross + ridge * narrow).T).T
     return solved.float()
+
+
+def compensated(dense: nn.Module, cut: nn.Module, hidden: Sequence[Tensor]) -> Tensor:
+    """The out_proj bias [d] with which the cut block's output has the dense one's mean on hidden [b, L, d].
+
+    It is that of the dense block, where it has one, and W E[x_j] of what went (FLAP, eq. 6), and also holds where what
+    stays changes with what went, as behind a norm.
+    """
+    total, tokens = torch.zeros_like(cast(Any, dense).mixer.out_proj.weight[:, 0], dtype=torch.float64), 0
+    for rows in hidden:
+        total += (dense(rows) - cut(rows)).double().sum((0, 1))
+        tokens += rows.shape[0] * rows.shape[1]
+    bias = cast(Any, cut).mixer.out_proj.bias
+    return (total / tokens + (0.0 if bias is None else bias.double())).float()
 
 
 def _inputs(block: nn.Module, hidden: Tensor) -> Tensor:

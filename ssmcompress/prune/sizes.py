@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ssmcompress.arch.base import Arch
+from ssmcompress.arch.base import BIAS, ROTATION, Arch
 from ssmcompress.arch.surgery import LAYER, Surgery
-from ssmcompress.edits import Keep
+from ssmcompress.edits import Add, Edit, Keep
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.steps import Cut, budget
 
@@ -43,9 +43,10 @@ class Weights:
 
     def after(self, surgery: Surgery) -> "Weights":
         """Those that a surgery leaves, under their new names."""
-        names = surgery.names(self.shapes)
-        shapes = {new: surgery.shape(old, self.shapes[old]) for new, old in names.items()}
-        return Weights(shapes, {new: self.itemsize[old] for new, old in names.items()})
+        names, before = surgery.names(self.shapes), surgery.shapes(self.shapes)
+        itemsize = {name: values.itemsize for name, values in surgery.added.items()} | dict(self.itemsize)
+        shapes = {new: surgery.shape(old, before[old]) for new, old in names.items()}
+        return Weights(shapes, {new: itemsize[old] for new, old in names.items()})
 
 
 class Stored(Protocol):
@@ -94,6 +95,7 @@ def size(arch: Arch, step: Cut, weights: Weights) -> Size:
     if step.axis not in known:
         hint = f"Its axes are {', '.join(known)}."
         raise UnsupportedError(f"{arch.model_type} has no axis {step.axis!r}.", hint=hint)
+    _require_form(arch, step)
     before = known[step.axis]
     if step.axis != LAYER and len(found := {each[step.axis] for each in arch.sizes}) > 1:
         raise UnsupportedError(
@@ -148,13 +150,39 @@ def _why(arch: Arch, step: Cut) -> str:
     return WHY[step.axis] + (", and a stock config has their channels fill whole hidden sizes" if heads else "")
 
 
-def first(arch: Arch, axis: str, after: int) -> list[Keep]:
-    """Edits that keep the first units of every layer, of every group alike: their shapes are those of any others."""
-    if axis == LAYER:
+def _require_form(arch: Arch, step: Cut) -> None:
+    """UnsupportedError for what a family or its format has no form of."""
+    if step.axis == "state" and any(arch.rotated):
+        hint = "Start from the model as it was, and cut to the number you want."
+        raise UnsupportedError("The states have been rotated: a second cut would mix the two bases.", hint=hint)
+    if step.rotates and ROTATION[0] not in arch.additions(0):
+        raise UnsupportedError(
+            f"{arch.model_type} has no form for rotated states.",
+            hint="In Mamba-2 all states of a head decay alike, so that any basis will do; elsewhere use ghost.",
+        )
+    if step.correction == "bias" and BIAS not in arch.additions(0) and not arch.biased:
+        raise UnsupportedError(f"{arch.model_type} has no form for a bias of out_proj.", hint="Use --correct refit.")
+    if step.stock_only and (step.rotates or (step.correction == "bias" and not arch.biased)):
+        hint = "Without --stock-only the output brings a modeling file that does."
+        raise UnsupportedError("No config of transformers says what the step would add.", hint=hint)
+
+
+def outline(arch: Arch, step: Cut, after: int) -> list[Edit]:
+    """Edits of the shapes that any choice of units has: they keep the first of every layer, of every group alike."""
+    if step.axis == LAYER:
         return [Keep(LAYER, None, torch.arange(arch.layers) < after)]
-    groups = arch.config.n_groups if axis == "head" else 1
-    each = arch.axes()[axis].size // groups
-    return [Keep(axis, layer, (torch.arange(each) < after // groups).repeat(groups)) for layer in range(arch.layers)]
+    found: list[Edit] = []
+    groups = arch.config.n_groups if step.axis == "head" else 1
+    for layer in range(arch.layers):
+        each, places = arch.axes(layer)[step.axis].size // groups, arch.additions(layer)
+        news = ROTATION if step.rotates else (BIAS,) if step.correction == "bias" and BIAS in places else ()
+        if not step.rotates:
+            found.append(Keep(step.axis, layer, (torch.arange(each) < after // groups).repeat(groups)))
+        for name in news:
+            sizes = arch.sizes[layer]
+            shape = [after if size is None else size if isinstance(size, int) else sizes[size] for size in places[name]]
+            found.append(Add(arch.prefix(layer) + name, torch.empty(shape, device="meta")))
+    return found
 
 
 def best(score: Tensor, after: int, groups: int = 1) -> Tensor:
@@ -170,7 +198,7 @@ def _within(arch: Arch, step: Cut, sizes: list[int], weights: Weights) -> int:
     kind, bound, share = budget(step.target or "")
 
     def amount(after: int) -> int:
-        return figures(Surgery(arch, first(arch, step.axis, after)), weights).of(kind)
+        return figures(Surgery(arch, outline(arch, step, after)), weights).of(kind)
 
     most = bound * amount(sizes[-1]) if share else bound
     index = bisect_right(sizes, most, key=amount)

@@ -10,20 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssmcompress.arch.base import Arch, Axis, Slice, fill_buffers, mixers, use_backend
+from ssmcompress.arch.base import BIAS, ROTATION, Arch, Axis, Slice, fill_buffers, mixers, use_backend
 from ssmcompress.arch.surgery import Surgery, removed
-from ssmcompress.calib.states import States, StatesInTime
+from ssmcompress.calib.states import Gramians, States, StatesInTime
 from ssmcompress.calib.stats import Activity, Spread, SquaredSum, Statistic
 from ssmcompress.calib.walk import Walk
-from ssmcompress.edits import Edit, Keep, Replace
+from ssmcompress.edits import Add, Edit, Keep, Replace
 from ssmcompress.events import Advance, Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import scores
-from ssmcompress.prune.correct import refitted, rescaled
-from ssmcompress.prune.sizes import best, first
+from ssmcompress.prune.correct import compensated, refitted, rescaled
+from ssmcompress.prune.rotate import bases
+from ssmcompress.prune.sizes import best, outline
 from ssmcompress.steps import Cut
 
 Fisher = Mapping[str, Tensor]
 TAPS: dict[str, dict[str, type[Statistic]]] = {  # what a method observes; the others know enough from the weights
+    "rotate": {"scan": Gramians},
     "joint": {"scan": States},
     "ghost": {"scan": States},
     "sparsessm": {"scan": StatesInTime},
@@ -83,7 +85,7 @@ class _Cutter:
         self.arch, self.step, self.after, self.axis = arch, step, after, arch.axes()[step.axis]
         self.dtypes, self.fisher, self.seed, self.finished = dtypes, fisher, seed, finished
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.small = Surgery(arch, first(arch, step.axis, after)).arch.build("meta")
+        self.small = Surgery(arch, outline(arch, step, after)).arch.build("meta")
         use_backend(self.small, next(mixers(model)).backend)
         self.taps = TAPS.get(step.criterion, {}) | ({"norm": SquaredSum} if step.correction == "rescale" else {})
         self.found: list[Edit] = []
@@ -100,11 +102,9 @@ class _Cutter:
     def _choose(
         self, layer: int, block: nn.Module, statistics: Mapping[str, Any], hidden: Sequence[Tensor]
     ) -> list[Edit]:
-        scorer = Scorer(self.arch, self.axis, layer, block, statistics, self.fisher, self.seed, self.after)
-        groups = self.arch.config.n_groups if self.step.axis == "head" else 1
-        keep = Keep(self.step.axis, layer, best(scorer.score(self.step.criterion), self.after, groups))
-        made: list[Edit] = [keep]
+        made = self._fewer(layer, block, statistics)
         if self.step.correction == "rescale":
+            keep = cast(Keep, made[0])
             norm, name = cast(Any, block).mixer.norm, "mixer.norm.weight"
             gone = removed(self.axis, keep.keep, name)[0]
             alive = torch.ones(len(norm.weight), dtype=torch.bool).index_fill(0, gone, False)
@@ -113,7 +113,26 @@ class _Cutter:
             name = "mixer.out_proj.weight"
             new = self._replace(layer, name, refitted(block, self._cut(layer, block, made), hidden))
             made.append(Surgery(self.arch, made).lift(new, self.shapes))
+        elif self.step.correction == "bias":
+            bias = compensated(block, self._cut(layer, block, made), hidden)
+            if self.arch.biased:
+                made.append(self._replace(layer, BIAS, bias))
+            else:  # one layer's dtype, for a product takes no other
+                weight = self._replace(layer, "mixer.out_proj.weight", bias)
+                made.append(self._add(layer, BIAS, weight.values))
         return made
+
+    def _fewer(self, layer: int, block: nn.Module, statistics: Mapping[str, Any]) -> list[Edit]:
+        """The units that stay, or the bases that take all of them to so few."""
+        if self.step.rotates:
+            held, read = statistics["scan"].total / statistics["scan"].count
+            return [self._add(layer, *each) for each in zip(ROTATION, bases(held, read, self.after), strict=True)]
+        scorer = Scorer(self.arch, self.axis, layer, block, statistics, self.fisher, self.seed, self.after)
+        groups = self.arch.config.n_groups if self.step.axis == "head" else 1
+        return [Keep(self.step.axis, layer, best(scorer.score(self.step.criterion), self.after, groups))]
+
+    def _add(self, layer: int, name: str, values: Tensor) -> Add:
+        return Add(self.arch.prefix(layer) + name, values.cpu())
 
     def _replace(self, layer: int, name: str, values: Tensor) -> Replace:
         whole = self.arch.prefix(layer) + name
@@ -125,9 +144,12 @@ class _Cutter:
         state = {prefix + name: tensor for name, tensor in block.state_dict().items()}
         for edit in made:
             if isinstance(edit, Replace):
-                state[edit.tensor] = edit.values.to(state[edit.tensor])
+                state[edit.tensor] = edit.values.to(state.get(edit.tensor, state[f"{prefix}norm.weight"]))
         left = self.arch.blocks(self.small)[layer]
-        left.load_state_dict({name.removeprefix(prefix): surgery.cut(name, state[name]) for name in state}, assign=True)
+        cut = {name.removeprefix(prefix): surgery.cut(name, state[name]) for name in state}
+        if BIAS in left.state_dict():  # which is not known before the block is cut
+            cut.setdefault(BIAS, torch.zeros_like(cut["norm.weight"]))
+        left.load_state_dict(cut, assign=True)
         fill_buffers(left, next(block.parameters()).device)
         return left.eval()
 

@@ -163,7 +163,7 @@ WRONG = {
     "shape of words": ({}, header(entry(shape=("2", 4))), "edits.0.shape.0: "),
     "negative shape": ({}, header(entry(shape=(-2, -4))), "edits.0.shape.0: "),
     "no name": ({}, header(entry(tensor="")), "edits.0.tensor: "),
-    "unknown kind": ({"turn:w": BYTE}, header(entry("turn")), "'turn', known are replace, mask, keep"),
+    "unknown kind": ({"turn:w": BYTE}, header(entry("turn")), "'turn', known are replace, mask, add, keep"),
     "units of nothing": ({"keep:w.1": BYTE}, header(entry("keep", "w.1", (8,))), "about no axis"),
     "no units": ({"keep:layer": BYTE * 0}, header(entry("keep", "layer", (8,))), "keeps nothing"),
     "array missing": ({}, header(entry()), "differ .mask:w"),

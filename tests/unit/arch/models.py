@@ -69,6 +69,18 @@ PRUNED = {  # of which no stock config says the sizes
         block_sizes=blocks((4, 11, 8), (2, 16, 3), names=HEADS),
         out_proj_bias=True,
     ),
+    "pruned-mamba2-rotated": PrunedMamba2Config(
+        **SHARED,
+        num_heads=4,
+        head_dim=16,
+        n_groups=2,
+        state_size=8,
+        chunk_size=8,
+        block_sizes=[
+            {"head": 4, "head_channel": 16, "state": 3, "rotated_from": 8},
+            {"head": 2, "head_channel": 8, "state": 5},
+        ],
+    ),
 }
 ALL = CONFIGS | PRUNED
 
@@ -81,7 +93,7 @@ def ours(name: str, seed: int = 0) -> PreTrainedModel:
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1 and "norm" not in key:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-            if key.endswith("A_log"):
+            if key.endswith("A_log") or "rotation" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
 

@@ -75,14 +75,17 @@ def test_heads_fill_the_groups():
 @pytest.mark.parametrize("name", PRUNED)
 def test_every_block_has_the_sizes_of_its_own(name):
     arch = arch_for(PRUNED[name])
-    assert not arch.stock and arch.sizes == tuple(PRUNED[name].block_sizes)
+    told = zip(arch.sizes, arch.rotated, strict=True)
+    blocks = [sizes | ({"rotated_from": before} if before else {}) for sizes, before in told]
+    assert not arch.stock and blocks == PRUNED[name].block_sizes
     assert [tuple(sizes) for sizes in arch.sizes] == [PRUNED[name].axes] * 2
     blocks = arch.blocks(arch.build())
     for layer, sizes in enumerate(arch.sizes):
         mixer, axes = blocks[layer].mixer, arch.axes(layer)
         assert {axis: axes[axis].size for axis in axes} == sizes
         inner = sizes.get("channel") or sizes["head"] * sizes["head_channel"]
-        assert mixer.intermediate_size == mixer.out_proj.in_features == inner and mixer.ssm_state_size == sizes["state"]
+        assert mixer.intermediate_size == mixer.out_proj.in_features == inner
+        assert mixer.ssm_state_size == (arch.rotated[layer] or sizes["state"])
         wanted = PRUNED[name].out_proj_bias or PRUNED[name].use_bias
         assert (mixer.out_proj.bias is not None) == wanted and mixer.use_bias == wanted
         assert (mixer.in_proj.bias is not None) == PRUNED[name].use_bias

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from ssmcompress import edits
+from ssmcompress.arch.base import BIAS
 from ssmcompress.arch.masked import mask
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import LAYER, Surgery
-from ssmcompress.edits import Keep, Mask, Replace
+from ssmcompress.edits import Add, Keep, Mask, Replace
 from ssmcompress.errors import InputError, UnsupportedError
 from tests.unit.arch import models
 from tests.unit.arch.models import ALL
@@ -42,11 +43,31 @@ def masked(name, keeps):
     return twin
 
 
+def rotations(arch, fewer=3, seed=0):
+    """Random bases for the states of every layer, of which those of B and C are each other's inverse."""
+    generator, made = torch.Generator().manual_seed(seed), []
+    for layer in range(arch.layers):
+        B, C = torch.randn(2, arch.config.n_groups, fewer, arch.sizes[layer]["state"], generator=generator) / 2
+        C = torch.linalg.solve(C @ B.mT, C)
+        made += [Add(arch.prefix(layer) + f"mixer.rotation.{name}", values) for name, values in (("B", B), ("C", C))]
+    return made
+
+
 @pytest.mark.parametrize(("name", "axis"), AXES)
 def test_removed_equals_masked(name, axis):
+    equal(name, chosen(arch_for(ALL[name]), axis))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba2-grouped", "mamba2-limited", "pruned-mamba2-grouped"])
+def test_rotated_equals_projected(name):
+    arch = arch_for(ALL[name])
+    equal(name, rotations(arch))
+    equal(name, [*chosen(arch, "head"), *rotations(arch)])
+
+
+def equal(name, edits):
     model = models.ours(name)
-    keeps = chosen(arch_for(model.config), axis)
-    small, twin, ids = Surgery(arch_for(model.config), keeps).operate(model), masked(name, keeps), models.tokens(2, 21)
+    small, twin, ids = Surgery(arch_for(model.config), edits).operate(model), masked(name, edits), models.tokens(2, 21)
     with torch.no_grad():
         close(small(ids).logits, twin(ids).logits)
         caches = [each(ids[:, :9], use_cache=True).cache_params for each in (small, twin)]
@@ -71,7 +92,7 @@ def test_the_counts_are_those_of_the_closed_forms(name, axis):
     before, after = (sum(p.numel() for p in each.parameters()) for each in (model, small))
     if axis == LAYER:
         assert before - after == sum(p.numel() for p in arch.blocks(model)[0].parameters())
-        first = arch_for(arch.resized(arch.sizes[:1]))
+        first = arch_for(arch.resized(arch.sizes[:1], rotated=arch.rotated[:1]))
         assert smaller.state_bytes() == arch.state_bytes() - first.state_bytes()
         return
     gone = 0
@@ -115,6 +136,53 @@ def test_a_later_step_speaks_of_the_source(name):
     again = Surgery(arch, lifted).operate(model)
     for (key, found), (other, wanted) in itertools.zip_longest(again.named_parameters(), small.named_parameters()):
         assert key == other and torch.equal(found, wanted), key
+
+
+def test_new_tensors_speak_of_the_source_too():
+    """States cut, what is left rotated, a bias added, heads and a layer cut: the lifted edits do it at once."""
+    model = models.ours("mamba2")
+    arch = arch_for(model.config)
+    states = chosen(arch, "state")
+    one = Surgery(arch, states)
+    middle = one.operate(model)
+    news = rotations(one.arch) + [Add(one.arch.prefix(layer) + BIAS, torch.randn(32)) for layer in range(2)]
+    two = Surgery(one.arch, news)
+    middle = two.operate(middle)
+    assert two.arch.rotated == (8, 8) and two.arch.sizes[0]["state"] == 3 and two.arch.out_proj_bias
+    last = [*chosen(two.arch, "head"), *chosen(two.arch, LAYER)]
+    small = Surgery(two.arch, last).operate(middle)
+    changed = [Replace(arch.prefix(0) + BIAS, torch.full((32,), 0.5))]
+    edits.apply(changed, dict(small.named_parameters()))
+
+    shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
+    lifted = edits.compose(states, [one.lift(edit, shapes) for edit in news])
+    both = Surgery(arch, lifted)
+    assert both.added[news[0].tensor].shape == (1, 3, 16)
+    lifted = edits.compose(lifted, [both.lift(edit, shapes) for edit in last])
+    whole = Surgery(arch, lifted)
+    lifted = edits.compose(lifted, [whole.lift(edit, shapes) for edit in changed])
+    again = Surgery(arch, lifted).operate(model)
+    assert again.config.block_sizes == small.config.block_sizes and again.config.out_proj_bias
+    for (key, found), (other, wanted) in itertools.zip_longest(again.named_parameters(), small.named_parameters()):
+        assert key == other and torch.equal(found, wanted), key
+
+
+def test_tensors_without_a_place_are_refused():
+    for name, wrong in {
+        "mamba": [Add("backbone.layers.0.mixer.rotation.B", torch.zeros(1, 2, 5))],
+        "mamba-biased": [Add(f"backbone.layers.0.{BIAS}", torch.zeros(32))],
+        "mamba2": [Add(f"backbone.layers.0.{BIAS}", torch.zeros(31))],
+        "mamba2-grouped": [Add(f"backbone.layers.7.{BIAS}", torch.zeros(32))],
+        "pruned-mamba2-rotated": [Add("backbone.layers.0.mixer.rotation.B", torch.zeros(2, 2, 8))],
+        "falcon_mamba": [Add(f"backbone.layers.0.{BIAS}", torch.zeros(32))],
+        "pruned-mamba": [Add("backbone.norm_f.bias", torch.zeros(32))],
+    }.items():
+        with pytest.raises(InputError, match="the model has no place"):
+            Surgery(arch_for(ALL[name]), wrong)
+    arch = arch_for(ALL["mamba2"])
+    for few in (rotations(arch)[:1], rotations(arch)[:2], [*rotations(arch)[:3], rotations(arch, fewer=2)[3]]):
+        with pytest.raises(InputError, match="different tensors to different layers"):
+            Surgery(arch, few).operate(models.ours("mamba2"))
 
 
 def test_what_does_not_fit_is_refused():

@@ -7,8 +7,8 @@ from ssmcompress import edits
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.calib.taps import observe
-from ssmcompress.edits import Keep, Replace
-from ssmcompress.prune.correct import refitted, rescaled
+from ssmcompress.edits import Add, Keep, Replace
+from ssmcompress.prune.correct import compensated, refitted, rescaled
 from ssmcompress.prune.units import find_units
 from ssmcompress.steps import Cut
 from tests.unit.arch import models
@@ -65,6 +65,39 @@ def test_without_a_loss_the_refit_changes_nothing():
     block = arch_for(model.config).blocks(model)[0]
     found = refitted(block, block, [model.get_input_embeddings()(IDS)])
     assert torch.allclose(found, block.mixer.out_proj.weight, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_bias_is_the_mean_of_what_went():
+    """Channels that are constant over the text go without any error; else the output's mean is the dense one's."""
+    model = models.ours("mamba")
+    arch, x = arch_for(model.config), [model.get_input_embeddings()(IDS)]
+    keep = [Keep("channel", layer, torch.arange(64) < 40) for layer in range(2)]
+    dense, cut = arch.blocks(model)[0], arch.blocks(Surgery(arch, keep).operate(model))[0]
+    found = compensated(dense, cut, x)
+    assert torch.allclose(found, (dense(x[0]) - cut(x[0])).mean((0, 1)), atol=1e-5)
+    for name in ("in_proj", "conv1d", "x_proj"):  # what goes is constant, and nothing else hears of it
+        parameter = dense.mixer.get_parameter(f"{name}.weight")
+        (parameter[:, 40:] if name == "x_proj" else parameter[40:64]).zero_()
+    dense.mixer.in_proj.weight[104:].zero_()
+    cut = arch.blocks(Surgery(arch, keep).operate(model))[0]
+    error = dense(x[0]) - cut(x[0]) - compensated(dense, cut, x)
+    assert error.abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_the_walk_adds_a_bias_or_changes_the_one_there_is():
+    for name, kind in (("mamba", Add), ("mamba-biased", Replace), ("mamba2", Add)):
+        model = models.ours(name)
+        arch = arch_for(model.config)
+        axis = "channel" if "channel" in arch.axes() else "head"
+        dtypes = {key: torch.bfloat16 for key, _ in model.named_parameters()}
+        step, after = Cut(axis=axis, keep=0.5, method="flap", correct="bias"), arch.axes()[axis].size // 2
+        found = find_units(model, arch, step, after, IDS, dtypes)
+        assert [type(edit) for edit in found] == [Keep, kind] * 2 and found[1].values.dtype == torch.bfloat16
+        edits.apply(found, dict(model.named_parameters()))
+        small = Surgery(arch, found).operate(model)
+        assert torch.equal(small.backbone.layers[1].mixer.out_proj.bias, found[3].values.float())
 
 
 @pytest.mark.parametrize(

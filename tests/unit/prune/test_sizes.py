@@ -6,7 +6,7 @@ import torch
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.errors import UnsupportedError
-from ssmcompress.prune.sizes import Weights, best, figures, first, possible, size
+from ssmcompress.prune.sizes import Weights, best, figures, outline, possible, size
 from ssmcompress.steps import Cut
 from tests.unit.arch.models import ALL, CONFIGS
 
@@ -80,7 +80,7 @@ def test_a_budget_takes_the_largest_size_within(name, axis, kind):
     arch, known = arch_for(CONFIGS[name]), weights(name)
 
     def amount(after):
-        return figures(Surgery(arch, first(arch, axis, after)), known).of(kind)
+        return figures(Surgery(arch, outline(arch, Cut(axis=axis, keep=1), after)), known).of(kind)
 
     sizes = possible(arch, Cut(axis=axis, keep=1), arch.axes()[axis].size)
     for most in (amount(sizes[-1]), (amount(sizes[0]) + amount(sizes[-1])) // 2, amount(sizes[0])):
@@ -95,7 +95,7 @@ def test_figures_count_every_entry_and_its_bytes():
     whole = figures(Surgery(arch, ()), known)
     assert whole.params == sum(shape.numel() for shape in known.shapes.values())
     assert whole.weight_bytes == 2 * whole.params + 2 * 2 * 64 * 5 and whole.state_bytes == arch.state_bytes()
-    less = figures(Surgery(arch, first(arch, "state", 3)), known)
+    less = figures(Surgery(arch, outline(arch, Cut(axis="state", keep=1), 3)), known)
     assert whole.params - less.params == 2 * 2 * 3 * 64  # layers, states, A_log and the rows of B and C
     assert less.of("memory") == less.weight_bytes + less.state_bytes
 
