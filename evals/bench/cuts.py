@@ -7,6 +7,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from ssmcompress.arch.surgery import Surgery
+from ssmcompress.edits import Add, Edit
 from ssmcompress.evaluate.speed import rounds
 from ssmcompress.events import Emit, Table, Terminal
-from ssmcompress.prune.sizes import first
+from ssmcompress.prune.sizes import outline
+from ssmcompress.steps import Cut
 
 HERE = Path(__file__).parent
 CUTS = {
-    "mamba": (("channel", 0.5), ("state", 0.5), ("dt_rank", 0.5), ("layer", 0.75)),
-    "mamba2": (("head", 0.5), ("state", 0.5), ("layer", 0.75)),
+    "mamba": (
+        Cut(axis="channel", keep=0.5),
+        Cut(axis="state", keep=0.5),
+        Cut(axis="dt_rank", keep=0.5),
+        Cut(axis="layer", keep=0.75),
+    ),
+    "mamba2": (
+        Cut(axis="head", keep=0.5),
+        Cut(axis="state", keep=0.5),
+        Cut(axis="state", keep=0.5, method="rotate"),
+        Cut(axis="layer", keep=0.75),
+    ),
 }
 AIMS = {("channel", 0.5): 1.7, ("head", 0.5): 1.7, ("layer", 0.75): 1.25}
 COLUMNS = ("", "dtype", "parameters in blocks", "state", "prefill", "by round", "aim", "decoding", "by round")
@@ -57,23 +70,28 @@ def measured(shape: rivals.Shape, length: int, repeats: int, tell: Emit) -> list
             torch.manual_seed(0)
             dense: Any = rivals.build(arch, "ours", dtype)
             ids = rivals.tokens(arch, 1, length)
-            for axis, share in cuts:
-                size = arch.layers if axis == "layer" else arch.axes()[axis].size
-                surgery = Surgery(arch, first(arch, axis, int(size * share)))
+            for step in cuts:
+                size = arch.layers if step.axis == "layer" else arch.axes()[step.axis].size
+                surgery = Surgery(arch, map(filled, outline(arch, step, int(size * (step.keep or 1)))))
                 small = surgery.operate(dense)
                 rows.append(
                     (
-                        f"{family}, {axis} keep {share:g}",
+                        f"{family}, {step.axis} keep {step.keep:g}{', rotated' * step.rotates}",
                         str(dtype).removeprefix("torch."),
                         f"{entries(small) / entries(dense):.1%}",
                         f"{surgery.arch.state_bytes() / arch.state_bytes():.1%}",
                         *told(prefill, dense, small, ids, repeats),
-                        f"{AIMS.get((axis, share), '—')}",
+                        f"{AIMS.get((step.axis, step.keep), '—')}",
                         *told(decode, dense, small, ids[:, :8], repeats),
                     )
                 )
     tell(Table("Times faster than dense: CPU seconds of one thread, least of all rounds", COLUMNS, tuple(rows)))
     return rows
+
+
+def filled(edit: Edit) -> Edit:
+    """An edit of an outline with random values where it adds a tensor."""
+    return replace(edit, values=torch.randn(edit.shape)) if isinstance(edit, Add) else edit
 
 
 def told(task: Any, dense: nn.Module, small: nn.Module, ids: Tensor, repeats: int) -> tuple[str, str]:
