@@ -125,7 +125,8 @@ class Surgery:
         """The smaller model, with copies of what stays of the weights, on the same device and kernels."""
         state = {key: tensor for key, tensor in model.state_dict().items() if key not in tied(model)}
         names = self.names(state)
-        state |= {name: values.to(model.device) for name, values in self.added.items()}
+        for name, values in self.added.items():  # no narrower than the weights they meet
+            state[name] = values.to(model.device, torch.promote_types(values.dtype, model.dtype))
         small = self.arch.assemble({new: self.cut(old, state[old]).clone() for new, old in names.items()}, model.device)
         small.generation_config = model.generation_config
         use_backend(small, next(mixers(model)).backend)

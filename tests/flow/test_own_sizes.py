@@ -5,6 +5,7 @@ import torch
 
 import ssmcompress
 from ssmcompress.errors import UnsupportedError
+from ssmcompress.recipe import recipe
 
 
 def test_a_plan_says_beforehand_that_the_output_brings_code():
@@ -43,3 +44,48 @@ def test_a_folder_with_sizes_of_its_own_is_pruned_again(tmp_path):
     masked = ssmcompress.load(str(tmp_path / "zeros"), dtype=torch.float32).model
     weight = masked.backbone.layers[0].mixer.in_proj.weight
     assert float((weight == 0).double().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "added"),
+    [
+        ("ref:mamba2", {"axis": "state", "method": "rotate"}, ["mixer.rotation.B", "mixer.rotation.C"]),
+        ("ref:mamba", {"axis": "channel", "method": "flap", "correct": "bias"}, ["mixer.out_proj.bias"]),
+    ],
+)
+def test_what_a_step_adds_is_planned_written_replayed_and_pruned_again(model, options, added, tmp_path):
+    planned = ssmcompress.plan(model, keep=0.5, **options)
+    short = {"windows": 2, "length": 64, "no_eval": True}
+    ssmcompress.prune(model, out=tmp_path / "cut", keep=0.5, **options, **short)
+    ssmcompress.apply(tmp_path / "cut/edits.safetensors", model, out=tmp_path / "again")
+    for name in ("model.safetensors", "config.json", "modeling_ssmcompress.py"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    written = ssmcompress.load(str(tmp_path / "cut"))
+    assert planned.after.params == sum(written.stored.shape(name).numel() for name in written.stored)
+    assert planned.after.state_bytes == written.arch.state_bytes()
+    names = {name for name in written.stored if any(name.endswith(each) for each in added)}
+    assert len(names) == 6 * len(added)
+    assert names == {record.name for record in planned.tensors if record.status == "added"}
+    assert "added: " in (tmp_path / "cut/README.md").read_text(encoding="utf-8")
+    with torch.no_grad():  # in the dtypes that are stored, too
+        assert written.model(torch.arange(1, 40)[None]).logits.isfinite().all()
+    ssmcompress.prune(str(tmp_path / "cut"), out=tmp_path / "zeros", sparsity=0.5, **short)
+    again = ssmcompress.load(str(tmp_path / "zeros"))
+    assert all(torch.equal(again.stored[name], written.stored[name]) for name in names)
+
+
+def test_steps_that_add_compose_in_one_recipe(tmp_path):
+    """States rotated, heads cut with a bias, a layer gone, then zeros: the edits do the same in one pass."""
+    steps = [
+        {"step": "prune", "axis": "state", "method": "rotate", "keep": 0.5},
+        {"step": "prune", "axis": "head", "keep": 0.75, "correct": "bias", "method": "flap"},
+        {"step": "prune", "axis": "layer", "keep": 5, "method": "similarity"},
+        {"step": "prune", "method": "wanda", "sparsity": 0.5},
+    ]
+    made = recipe(model="ref:mamba2", steps=steps, calibrate={"windows": 2, "length": 64})
+    ssmcompress.run(made, out=tmp_path / "all", no_eval=True)
+    ssmcompress.apply(tmp_path / "all/edits.safetensors", "ref:mamba2", out=tmp_path / "again")
+    assert (tmp_path / "all/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+    arch = ssmcompress.load(str(tmp_path / "all")).arch
+    assert arch.layers == 5 and arch.rotated == (64,) * 5 and arch.out_proj_bias
+    assert arch.sizes == ({"head": 6, "head_channel": 64, "state": 32},) * 5
