@@ -80,7 +80,8 @@ class Item(BaseModel):
 class Summary(BaseModel):
     """Figures of a checkpoint; bytes are those of the weights as stored and of one sequence's recurrent state.
 
-    Where an adapter was merged into it, its files are among those of `model_sha256`; without another source, `source` is `model`.
+    The files of an adapter that was merged into it are among those of `model_sha256`; its `source` is then `model`,
+    unless that has one itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

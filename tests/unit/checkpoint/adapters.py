@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def made(model: PreTrainedModel, folder: Path, *targets: str, seed: int = 5, **options: Any) -> PeftModel:
     """Adapts a copy of a stock model by plain PEFT, with values as after training, saves and returns it."""
     settings: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": list(targets)} | options
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**settings)).eval()
+    with warnings.catch_warnings(action="ignore"):  # of tied weights and of saved embeddings
+        return _made(model, folder, LoraConfig(**settings), seed)
+
+
+def _made(model: PreTrainedModel, folder: Path, config: LoraConfig, seed: int) -> PeftModel:
+    adapted = get_peft_model(copy.deepcopy(model), config).eval()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapted.parameters():
