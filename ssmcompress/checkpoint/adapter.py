@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch
+from ssmcompress.checkpoint import layout
 from ssmcompress.checkpoint.shards import Shards, read_json
 from ssmcompress.errors import BackendError, InputError, UnsupportedError
 from ssmcompress.paths import expanded
@@ -143,8 +144,7 @@ def _merge(model: PreTrainedModel, arch: Arch, config: Mapping[str, Any], weight
     hint = f"The adapter was made for {base if base and isinstance(base, str) else 'another model'}."
     _require_modules(weights, model, arch, hint)
     peft = _peft()
-    outer = tuple(f"{PREFIX}{arch.outer_weight(module).rpartition('.')[0]}." for module in arch.outer)
-    outer += (f"{PREFIX}lm_head.",)
+    outer = tuple(PREFIX + name.removesuffix("weight") for name in (layout.EMBEDDING["hf"], layout.HEAD))
     if model.config.tie_word_embeddings and any(name.startswith(outer) for name in weights):
         _untie(model)
     # without a config, for PEFT refuses out_proj of Mamba models, whose fused kernels read past a wrapper
@@ -153,9 +153,9 @@ def _merge(model: PreTrainedModel, arch: Arch, config: Mapping[str, Any], weight
         made = peft.LoraConfig(**lora.options())
         adapted = peft.get_peft_model(host, made, low_cpu_mem_usage=True)
         expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    known = adapted.state_dict()
+    known = adapted.state_dict() | expected
     _require_match(weights, expected, known, hint)
-    state = {name: weights.finite(name).to((expected | known)[name].dtype) for name in weights}
+    state = {name: weights.finite(name).to(model.device, known[name].dtype) for name in weights}
     with _told(path):
         peft.set_peft_model_state_dict(adapted, state, low_cpu_mem_usage=True)
         adapted.merge_and_unload()
@@ -203,7 +203,7 @@ def _require_match(weights: Shards, expected: Mapping[str, Tensor], known: Mappi
                 f"{weights.folder / WEIGHTS} lacks {name}, which {CONFIG} and the model ask for.", hint=hint
             )
     for name in weights:
-        like = expected.get(name, known.get(name))
+        like = known.get(name)
         if like is None:
             raise InputError(f"{weights.path(name)} holds {name}, of which {CONFIG} says nothing.", hint=hint)
         if weights.shape(name) != like.shape:
