@@ -20,6 +20,7 @@ from ssmcompress.events import Emit, Failed, JsonLines, Terminal
 from ssmcompress.options import (
     GATE,
     OUTPUT,
+    AdapterFolder,
     Against,
     BatchSize,
     ComputeDtype,
@@ -201,6 +202,7 @@ def apply(
 def evaluate(
     model: Model,
     *,
+    adapter: AdapterFolder = None,
     perplexity: PerplexityText = None,
     recall: Recall = False,
     tasks: Tasks = None,
@@ -274,6 +276,7 @@ def generate(
     model: Model,
     *,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
+    adapter: AdapterFolder = None,
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="A second model, shown beside the first.")
     ] = None,

@@ -101,6 +101,7 @@ def environment() -> dict[str, str]:
         "cuda": _cuda(),
         "mamba-ssm": _version("mamba-ssm"),
         "causal-conv1d": _version("causal-conv1d"),
+        "peft": _version("peft"),
         "compiler": _compiler(),
         **{f"{name} kernels": "usable" if works else f"not usable: {why}" for name, (works, why) in usable.items()},
         "hub cache": constants.HF_HUB_CACHE,

@@ -1,6 +1,7 @@
 """The verb `generate`: a prompt continued by one model, or by two side by side."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ def generate(
     model: str,
     *,
     prompt: str,
+    adapter: str | Path | None = None,
     against: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -36,7 +38,8 @@ def generate(
 ) -> list[Continuation]:
     """Continues a prompt with a model and, where given, with another; temperature 0 takes the likeliest token.
 
-    Raises InputError for a model without a tokenizer or whose logits are NaN, and for a prompt that is no text.
+    `adapter`, a folder in PEFT's format, belongs to the first. Raises InputError for a model without a tokenizer or
+    whose logits are NaN, for an adapter of another model, and for a prompt that is no text.
     """
     if not prompt:
         raise InputError("The prompt is empty.", hint='Give some text: --prompt "Once upon a time".')
@@ -44,8 +47,8 @@ def generate(
         raise InputError("The prompt holds bytes that are not text.", hint="Give it as UTF-8.")
     require_seed(seed)
     found = []
-    for name in [model] if against is None else [model, against]:
-        checkpoint = load(name, dtype=compute_dtype(dtype, device), device=device, backend=backend)
+    for name, own in [(model, adapter)] + ([] if against is None else [(against, None)]):
+        checkpoint = load(name, adapter=own, dtype=compute_dtype(dtype, device), device=device, backend=backend)
         tokenizer = required_tokenizer(checkpoint)
         inputs = tokenizer(prompt, return_tensors="pt").to(device)
         require_embedded(checkpoint, inputs["input_ids"].flatten().tolist())
@@ -56,11 +59,11 @@ def generate(
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            logits_processor=LogitsProcessorList([_Numbers(name)]),
+            logits_processor=LogitsProcessorList([_Numbers(checkpoint.name)]),
             **sampling,
         )
         text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        found.append(Continuation(name, text))
+        found.append(Continuation(checkpoint.name, text))
     emit(Table(prompt, ("model", "continuation"), tuple((each.model, each.text) for each in found)))
     return found
 

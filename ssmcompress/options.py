@@ -135,6 +135,10 @@ PerplexityText = Annotated[
         rich_help_panel=MEASURE,
     ),
 ]
+AdapterFolder = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="DIR", help="Adapter in PEFT's format, put into MODEL.", show_default=False),
+]
 Recall = Annotated[bool, typer.Option("--recall", help="Copying and key-value recall.", rich_help_panel=MEASURE)]
 Tasks = Annotated[
     str | None,

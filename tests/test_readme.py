@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+from ssmcompress.checkpoint.source import load
+from tests.unit.checkpoint import adapters
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -66,6 +70,7 @@ def test_steps_are_read_from_a_page():
 def test_the_readme_runs(readme, tmp_path):
     todo = [step for step in steps(readme) if runnable(step)]
     assert {step.language for step in todo} == {"shell", "python"}
+    adapters.made(load("ref:mamba", dtype=torch.float32).model, tmp_path / "lora", "in_proj")  # as a reader has one
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     for step in todo:
         ran = subprocess.run(command(step), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)

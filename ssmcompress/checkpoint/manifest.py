@@ -16,6 +16,7 @@ import transformers
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import ssmcompress
+from ssmcompress.checkpoint.adapter import Adapter
 from ssmcompress.checkpoint.shards import Shards, read_json
 from ssmcompress.checkpoint.source import Source
 from ssmcompress.checkpoint.verify import Verification
@@ -163,9 +164,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def describe(source: Source) -> SourceRecord:
-    """The record of a source; reads its weight files once, for their hashes."""
+def describe(source: Source, adapter: Adapter | None = None) -> SourceRecord:
+    """The record of a source; reads its weight files, and those of an adapter, once for their hashes."""
     hashes = {file: sha256(source.folder / file) for file in Shards(source.folder).weight_files}
+    hashes |= {path.name: sha256(path) for path in (adapter.files if adapter else ())}
     return SourceRecord(name=source.label, revision=source.revision, layout=source.layout, sha256=hashes)
 
 

@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,17 +30,17 @@ class Shards(Mapping[str, Tensor]):
     Raises InputError for a missing, truncated or contradictory file, UnsupportedError for a dtype that is no float.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Sequence[str] = (SAFETENSORS, BIN)) -> None:
         self.folder = folder
         self.files: dict[str, str] = {}
         self._stored: Mapping[str, str] = {}
-        main = next((name for name in (SAFETENSORS, BIN) if _present(folder, name)), None)
+        main = next((name for name in names if _present(folder, name)), None)
         if main is None:
             raise InputError(
-                f"{folder} holds no weights: neither {SAFETENSORS} nor {BIN}, nor an index of shards.",
+                f"{folder} holds no weights: neither {' nor '.join(names)}, nor an index of shards.",
                 hint="Give the folder of a checkpoint, with config.json beside its weights.",
             )
-        self._open = _open_safetensors if main == SAFETENSORS else _open_bin
+        self._open = _open_bin if main == BIN else _open_safetensors
         self._shards: dict[str, Any] = {}
         listed = None if (folder / main).exists() else _read_index(folder / (main + INDEX))
         self.weight_files: tuple[str, ...] = tuple(sorted(set(listed.values()))) if listed else (main,)
@@ -62,6 +62,18 @@ class Shards(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def finite(self, name: str) -> Tensor:
+        """A tensor; InputError where it holds values that are NaN or infinite."""
+        tensor = self[name]
+        if not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise InputError(
+                f"{self.stored_name(name)} in {self.path(name)} holds {bad} values that are NaN or infinite,"
+                f" of {tensor.numel()}.",
+                hint="The checkpoint is damaged or its training diverged: use another.",
+            )
+        return tensor
 
     def get_slice(self, name: str, index: slice | tuple[slice, ...]) -> Tensor:
         """Part of a tensor, reading no more than it."""

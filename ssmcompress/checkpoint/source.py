@@ -23,6 +23,7 @@ from ssmcompress import kernels, reference
 from ssmcompress.arch.base import Arch, use_backend
 from ssmcompress.arch.registry import arch_for, family
 from ssmcompress.checkpoint import hub, layout
+from ssmcompress.checkpoint.adapter import Adapter, attach, find
 from ssmcompress.checkpoint.shards import Shards, read_json
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.paths import expanded
@@ -102,13 +103,27 @@ class Source:
 
 @dataclass
 class Checkpoint:
-    """A model in memory, in evaluation mode, with what belongs to it; `stored` reads its tensors from the files."""
+    """A model in memory, in evaluation mode, with what belongs to it.
+
+    `stored` reads its tensors from the files, where those of `adapter` are not yet among them.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     arch: Arch
     source: Source
     stored: Shards
+    adapter: Adapter | None = None
+
+    @property
+    def name(self) -> str:
+        """What it was called."""
+        return self.source.name + (f" + {self.adapter.name}" if self.adapter else "")
+
+    @property
+    def label(self) -> str:
+        """The name for records: without paths of this machine."""
+        return self.source.label + (f" + {self.adapter.label}" if self.adapter else "")
 
 
 def resolve(model: str) -> Source:
@@ -133,29 +148,34 @@ def resolve(model: str) -> Source:
 def load(
     model: str | Source,
     *,
+    adapter: str | Path | None = None,
     dtype: torch.dtype | Literal["auto"] = "auto",
     device: str | torch.device = "cpu",
     backend: str = "auto",
 ) -> Checkpoint:
     """Loads a model without running any code of its folder; every tensor must be there, fit and be finite.
 
+    `adapter` is a folder in PEFT's format, which is merged into the weights in memory.
     `auto` keeps the stored dtypes; float32 converts all; a narrower dtype leaves A_log, D and dt_bias as they are.
-    Raises InputError for a checkpoint that is damaged or does not fit its config, UnsupportedError for a foreign family
-    or dtype.
+    Raises InputError for a checkpoint that is damaged or does not fit its config, or an adapter that does not fit the
+    model, UnsupportedError for a foreign family, dtype or kind of adapter.
     """
     source = resolve(model) if isinstance(model, str) else model
+    found = find(adapter) if adapter is not None else None
     arch, weights = headers(source)
     config, tokenizer = arch.config, source.tokenizer()
     if source.layout == "mamba_ssm" and tokenizer is not None:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-    state = {name: _cast(name, _finite(weights, name), dtype).to(device) for name in weights}
+    state = {name: _cast(name, weights.finite(name), dtype).to(device) for name in weights}
     config.dtype = state[layout.EMBEDDING["hf"]].dtype
     loaded = arch.assemble(state, device)
     if (source.folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    if found is not None:
+        attach(loaded, arch, found)
     use_backend(loaded, kernels.choose(backend))
-    return Checkpoint(loaded, tokenizer, arch, source, weights)
+    return Checkpoint(loaded, tokenizer, arch, source, weights, found)
 
 
 def headers(source: Source) -> tuple[Arch, Shards]:
@@ -259,18 +279,6 @@ def _check_layers(weights: Shards, expected: int) -> None:
             f"{weights.folder} holds the weights of {len(found)} layers; its config.json says {expected}.",
             hint="The weights do not belong to this config.json, or the download is incomplete.",
         )
-
-
-def _finite(weights: Shards, name: str) -> Tensor:
-    tensor = weights[name]
-    if not tensor.isfinite().all():
-        bad = int((~tensor.isfinite()).sum())
-        raise InputError(
-            f"{weights.stored_name(name)} in {weights.path(name)} holds {bad} values that are NaN or infinite,"
-            f" of {tensor.numel()}.",
-            hint="The checkpoint is damaged or its training diverged: use another.",
-        )
-    return tensor
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | Literal["auto"]) -> Tensor:

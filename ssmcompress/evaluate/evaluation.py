@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from ssmcompress.arch.base import mixers
+from ssmcompress.checkpoint.adapter import find
 from ssmcompress.checkpoint.manifest import describe, versions
 from ssmcompress.checkpoint.output import output
 from ssmcompress.checkpoint.source import Checkpoint, load, require_embedded, resolve
@@ -58,6 +59,7 @@ class Asked:
 def evaluate(
     model: str,
     *,
+    adapter: str | Path | None = None,
     perplexity: str | None = None,
     recall: bool = False,
     tasks: Sequence[str] = (),
@@ -80,11 +82,12 @@ def evaluate(
 ) -> Summary:
     """Measures a checkpoint as it lies on disk; with `out`, summary.json and the scores of every item are kept.
 
-    Asked for nothing, it measures perplexity on the shipped text ("default").
+    Asked for nothing, it measures perplexity on the shipped text ("default"). `adapter`, a folder in PEFT's format, is
+    merged into the model first.
     Tasks are lm-eval's, one after another; asked for again, an interrupted run goes on after the last finished one.
     Speed is measured last and told in speed.json; `against` is a second model, timed in turns with this one.
-    Raises InputError for a model without a tokenizer or that gives NaN, a text or task that cannot be read, or an
-    output that exists.
+    Raises InputError for a model without a tokenizer or that gives NaN, an adapter of another model, a text or task
+    that cannot be read, or an output that exists.
     """
     require_seed(seed)
     timing.parsed(lengths)
@@ -98,13 +101,15 @@ def evaluate(
     source = resolve(model)
     if against:
         resolve(against)  # before anything is measured
-    record = describe(source)
+    record = describe(source, None if adapter is None else find(adapter))
     key = asked.key(model=record.sha256, device=device, dtype=dtype, backend=backend)
     writing = {"overwrite": overwrite, "source": source, "resumable": True, "recipe_hash": key}
     with _folder(out, writing) as folder:
         done = Measures(folder, emit)
         with done.kept(HARNESS):
-            checkpoint = load(source, dtype=compute_dtype(dtype, device), device=device, backend=backend)
+            checkpoint = load(
+                source, adapter=adapter, dtype=compute_dtype(dtype, device), device=device, backend=backend
+            )
             required_tokenizer(checkpoint)
             likelihood = _likelihood(checkpoint, asked, done, emit) if documents else None
             memory = _memory(checkpoint, asked, done, emit) if asked.recall else []
@@ -242,7 +247,7 @@ def _speed(checkpoint: Checkpoint, against: str | None, asked: Asked, lengths: s
 def _require_numbers(checkpoint: Checkpoint, what: str, values: Sequence[float]) -> None:
     if not all(map(math.isfinite, values)):
         raise InputError(
-            f"{checkpoint.source.name} gives NaN or infinite log-likelihoods on {what}: there is no score.",
+            f"{checkpoint.name} gives NaN or infinite log-likelihoods on {what}: there is no score.",
             hint="Its weights are finite, but their products are not: use another checkpoint, or --dtype float32.",
         )
 

@@ -99,7 +99,7 @@ class Harness:
             try:
                 found = simple_evaluate(
                     model=Model(checkpoint, entry.task, batch_size, told),
-                    model_args={"pretrained": checkpoint.source.label},
+                    model_args={"pretrained": checkpoint.label},
                     tasks=[entry.task],
                     task_manager=self._tasks,
                     num_fewshot=entry.num_fewshot,
@@ -111,7 +111,7 @@ class Harness:
                     **{f"{name}_seed": value for name, value in seeds(seed).items()},
                 )
             except OverflowError as error:
-                raise no_number(checkpoint.source.name, entry.task) from error
+                raise no_number(checkpoint.name, entry.task) from error
             except Exception as error:
                 if not _from(error, self._paths[1:]):
                     raise
@@ -124,7 +124,7 @@ class Harness:
         _require_files(place, {name: len(rows) for name, rows in samples.items()}, said)
         for score in result.scores:
             if not math.isfinite(score.value):
-                raise no_number(checkpoint.source.name, entry.task)
+                raise no_number(checkpoint.name, entry.task)
         return result
 
 
@@ -136,7 +136,7 @@ class Model(HFLM):
             pretrained=checkpoint.model, tokenizer=checkpoint.tokenizer, backend="causal", batch_size=batch_size
         )
         self.pretrained = ""  # else its report asks the hub for a model
-        self._task, self._emit, self._name = task, emit, checkpoint.source.name
+        self._task, self._emit, self._name = task, emit, checkpoint.name
         self.set_cache_hook(_Answers(self))
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:

@@ -78,7 +78,11 @@ class Item(BaseModel):
 
 
 class Summary(BaseModel):
-    """Figures of a checkpoint; bytes are those of the weights as stored and of one sequence's recurrent state."""
+    """Figures of a checkpoint; bytes are those of the weights as stored and of one sequence's recurrent state.
+
+    The files of an adapter that was merged into it are among those of `model_sha256`; its `source` is then `model`,
+    unless that has one itself.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -101,6 +105,7 @@ class Summary(BaseModel):
     perplexity_interval: tuple[float, float] | None = None
     recall: tuple[dict[str, Any], ...] = ()
     label: str = ""
+    adapter: str | None = None
     source: str | None = None
     recipe_sha256: str | None = None
     tasks: tuple[TaskScore, ...] = ()
@@ -120,7 +125,7 @@ class Summary(BaseModel):
         **fields: Any,
     ) -> "Summary":
         """The summary of what was measured."""
-        weights = checkpoint.stored
+        weights, adapter = checkpoint.stored, checkpoint.adapter
         if likelihood is not None:
             fields |= {
                 "text": Path(text or "").name,
@@ -133,14 +138,15 @@ class Summary(BaseModel):
             }
         return cls(
             model=source.name,
-            label=source.name,
+            label=checkpoint.label,
+            adapter=adapter.label if adapter else None,
             model_sha256=source.sha256,
             versions=versions(),
             params=sum(tensor.numel() for tensor in state_dict(checkpoint.model).values()),
             weight_bytes=sum(weights.shape(name).numel() * weights.dtype(name).itemsize for name in weights),
             state_bytes=checkpoint.arch.state_bytes(),
             recall=tuple(probe.to_dict() for probe in memory or ()),
-            **(_origin(checkpoint.source) | fields),
+            **(({"source": source.name} if adapter else {}) | _origin(checkpoint.source) | fields),
         )
 
     def write(self, folder: Path, likelihood: Perplexity | None, items: Sequence[Item] = ()) -> None:

@@ -308,7 +308,7 @@ def _figures(
         for length in lengths
     )
     return ModelSpeed(
-        model=checkpoint.source.label,
+        model=checkpoint.label,
         dtype=str(model.dtype),
         prefill=read,
         decode_tokens_per_s=Spread.of([batch * decode_tokens / taken for taken in seconds["decode"]]),

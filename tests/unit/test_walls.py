@@ -19,7 +19,7 @@ ONLY = {
     "triton": ("kernels/cuda.py",),
     "transformers.models": ("arch/",),
     "lm_eval": ("evaluate/harness.py",),
-    "peft": ("tune/",),
+    "peft": ("checkpoint/adapter.py", "tune/"),
     "datasets": ("calib/data.py", "tune/fit.py"),
     "typer": ("cli.py", "options.py"),
     "matplotlib": ("report/",),
