@@ -87,7 +87,7 @@ class Surgery:
         where = self.indices(name, shapes[name])
         grid = [where.get(dim, torch.arange(size)) for dim, size in enumerate(shapes[name])]
         full[torch.meshgrid(*grid, indexing="ij")] = whole.cpu()
-        return Mask(name, full) if isinstance(edit, Mask) else Replace(name, full)
+        return replace(edit, tensor=name, keep=full) if isinstance(edit, Mask) else Replace(name, full)
 
     def operate(self, model: PreTrainedModel) -> PreTrainedModel:
         """The smaller model, with copies of what stays of the weights, on the same device and kernels."""
