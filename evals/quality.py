@@ -28,6 +28,7 @@ WAYS = {
     "WANDA 2:4": "prune/wanda-2-4",
     "SparseGPT 50 %": "prune/sparsegpt-50",
     "SparseGPT 2:4": "prune/sparsegpt-2-4",
+    "half of A_log memoryless, SparseSSM": "prune/sparsessm-50",
     "half of the states": "prune/states-50",
     "half of the states, recall in calibration": "prune/states-50-recall",
     "half of the states, then WANDA 50 %": "prune/states-50-wanda-50",

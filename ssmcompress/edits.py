@@ -86,6 +86,7 @@ class Mask(_Kept):
     """Which entries of a tensor stay, keep [*shape] bool; the others become +0.0. Stored as bits."""
 
     kind: ClassVar[str] = "mask"
+    fill: ClassVar[float] = 0.0
     tensor: str
     keep: Tensor
 
@@ -100,7 +101,18 @@ class Mask(_Kept):
 
     def change(self, tensor: Tensor) -> None:
         """Changes a tensor of the right shape in place: what is kept keeps its bits."""
-        tensor.masked_fill_(~self.keep.to(tensor.device), 0.0)
+        tensor.masked_fill_(~self.keep.to(tensor.device), self.fill)
+
+
+class Forget(Mask):
+    """Which entries of A_log go on remembering, keep [*shape] bool; the others become 20, and their states memoryless.
+
+    There exp(Δ A) is 0 in float32 for every Δ above 2.2e-7, so that h = Δ B x in any kernel. An A_log of 0 would not do
+    it: that is A = -1, a state which decays (SparseSSM, 2025, writes it and masks the decay where it evaluates).
+    """
+
+    kind: ClassVar[str] = "forget"
+    fill: ClassVar[float] = 20.0  # exact in bfloat16, and its exponential is far from overflow
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +148,7 @@ class Keep(_Kept):
 TensorEdit = Replace | Mask
 Edit = TensorEdit | Add | Keep
 KINDS: dict[str, type[Replace] | type[Mask] | type[Keep]] = {  # in the order they apply
-    kind.kind: kind for kind in (Replace, Mask, Add, Keep)
+    kind.kind: kind for kind in (Replace, Mask, Forget, Add, Keep)
 }
 
 
@@ -241,7 +253,7 @@ def reshaping(edits: Iterable[Edit]) -> list[Keep | Add]:
 
 
 def compose(*steps: Iterable[Edit]) -> list[Edit]:
-    """One list that does what the steps do one after the other, with at most a Replace and a Mask per tensor.
+    """One list that does what the steps do one after the other, with at most one edit of a kind per tensor.
 
     Units that a step removes are gone for all: one Keep per axis and layer is left, of those that every step keeps. Of
     a tensor that was added twice the last is left.
@@ -257,13 +269,14 @@ def compose(*steps: Iterable[Edit]) -> list[Edit]:
         for name, group in by_tensor(step).items():
             for edit in group:
                 earlier = found.setdefault(name, {})
-                mask = earlier.get(Mask.kind)
                 if isinstance(edit, Replace):
                     found[name] = {edit.kind: edit}  # whatever came before is overwritten
-                elif isinstance(mask, Mask):
-                    earlier[edit.kind] = Mask(name, mask.keep & edit.keep)
-                else:
-                    earlier[edit.kind] = edit
+                    continue
+                for kind, mask in earlier.items():
+                    if isinstance(mask, Mask):  # of another kind: what is filled anew is no longer its own
+                        same = kind == edit.kind
+                        earlier[kind] = replace(mask, keep=mask.keep & edit.keep if same else mask.keep | ~edit.keep)
+                earlier.setdefault(edit.kind, edit)
     return [*(edit for group in found.values() for edit in group.values()), *units.values()]
 
 

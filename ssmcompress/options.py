@@ -16,6 +16,7 @@ Method = Literal[
     "joint",
     "ghost",
     "sparsessm",
+    "sparsessm_v2",
     "last",
     "taylor",
     "minitron",
@@ -89,7 +90,12 @@ StockOnly = Annotated[
 ]
 Sparsity = Annotated[
     float | None,
-    typer.Option("--sparsity", help="Share of weights set to zero.", show_default="0.5", rich_help_panel=WHAT),
+    typer.Option(
+        "--sparsity",
+        help="Share of weights set to zero, or of A_log made memoryless.",
+        show_default="0.5",
+        rich_help_panel=WHAT,
+    ),
 ]
 Pattern = Annotated[
     str | None,

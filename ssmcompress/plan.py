@@ -1,22 +1,23 @@
 """What a run would change, before it costs anything: shapes are read from the files' headers, no tensor is."""
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, Unpack
 
 import torch
 
 from ssmcompress import edits as editing
-from ssmcompress.arch.base import Arch
+from ssmcompress.arch.base import DECAYS, Arch
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.checkpoint import manifest
-from ssmcompress.checkpoint.card import MASKS
+from ssmcompress.checkpoint.card import MASKS, MEMORYLESS
 from ssmcompress.checkpoint.card import coverage as coverage_rows
 from ssmcompress.checkpoint.manifest import SizeRecord, TensorRecord
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import Source, headers, resolve
-from ssmcompress.edits import Edit, Mask
+from ssmcompress.edits import Edit, Forget, Mask
 from ssmcompress.errors import InputError, RecipeError, ResourceError, UnsupportedError
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
@@ -62,7 +63,12 @@ def plan(
         zeros_before=None if counted is None else sum(counted.values()),
         zeros=sum(least.values()),
         tensors=records_of(
-            expected.surgery, weights.shapes, expected.kept, formless(recipe.steps), None if counted is None else least
+            expected.surgery,
+            weights.shapes,
+            expected.kept,
+            formless(arch, recipe.steps),
+            None if counted is None else least,
+            expected.memory,
         ),
     )
     _tell(found, emit)
@@ -71,12 +77,16 @@ def plan(
 
 @dataclass(frozen=True)
 class Forecast:
-    """What steps would leave: which shapes, and the share of each tensor's entries that is not set to zero."""
+    """What steps would leave: which shapes, and the share of each tensor's entries that is not set to zero.
+
+    `memory` is the share of the entries of each A_log that is not made memoryless.
+    """
 
     surgery: Surgery
     kept: dict[str, float]
     sizes: tuple[Size, ...]
     anew: frozenset[str] = frozenset()  # tensors whose new values fill zeros that were there
+    memory: dict[str, float] = field(default_factory=dict)
 
     def zeros(self, shapes: Mapping[str, torch.Size], before: Mapping[str, int]) -> dict[str, int]:
         """The zeros of every tensor, by new name, at least: those there, which masks may choose again, or theirs."""
@@ -96,6 +106,7 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
     """
     units: list[Edit] = []
     kept: dict[str, float] = {}
+    memory: dict[str, float] = {}
     sizes: list[Size] = []
     anew: set[str] = set()
     for step in steps:
@@ -107,15 +118,17 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
             units = editing.compose(units, [surgery.lift(edit, weights.shapes) for edit in cut])
             continue
         for module, target in targets(surgery.arch, step).items():
+            told = memory if module == DECAYS else kept
             for name in names_of(surgery.arch, module):
                 share = expected_kept(left.shapes[name], module, target, step.method)
-                kept[names[name]] = min(share, kept.get(names[name], 1.0))
-                anew |= {names[name]} if step.method == "sparsegpt" and share < 1 else set()
+                told[names[name]] = min(share, told.get(names[name], 1.0))
+                filled = step.method == "sparsegpt" or module == DECAYS
+                anew |= {names[name]} if filled and share < 1 else set()
     surgery = Surgery(arch, units)
     if any(isinstance(step, Cut) and step.stock_only for step in steps) and not surgery.arch.stock:
         hint = "Without --stock-only the output brings a modeling file that says them."
         raise UnsupportedError("No config of transformers says the sizes that would be left.", hint=hint)
-    return Forecast(surgery, kept, tuple(sizes), frozenset(anew))
+    return Forecast(surgery, kept, tuple(sizes), frozenset(anew), memory)
 
 
 def _recipe(model: str | Recipe, overrides: Sequence[str], options: PruneOptions) -> Recipe:
@@ -169,9 +182,14 @@ def coverage(
 ) -> tuple[TensorRecord, ...]:
     """What became of every tensor, from the edits that steps made and the zeros that were counted."""
     surgery = Surgery(arch, edits)
-    masks = [edit for edit in edits if isinstance(edit, Mask)]
-    kept = {edit.tensor: float(surgery.cut(edit.tensor, edit.keep).double().mean()) for edit in masks}
-    return records_of(surgery, {name: weights.shape(name) for name in weights}, kept, formless(steps), zeros)
+    kept: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    for edit in edits:
+        if isinstance(edit, Mask):
+            share = float(surgery.cut(edit.tensor, edit.keep).double().mean())
+            (memory if isinstance(edit, Forget) else kept)[edit.tensor] = share
+    shapes = {name: weights.shape(name) for name in weights}
+    return records_of(surgery, shapes, kept, formless(arch, steps), zeros, memory)
 
 
 def records_of(
@@ -180,10 +198,11 @@ def records_of(
     kept: Mapping[str, float],
     unsupported: Container[str] = (),
     zeros: Mapping[str, int] | None = None,
+    memory: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[TensorRecord, ...]:
-    """A record for every tensor that stays: pruned, cut, kept on purpose, unsupported by the method, or not chosen.
+    """A record for every tensor that stays: pruned, memoryless, cut, kept on purpose, unsupported, or not chosen.
 
-    `kept` speaks of the source's tensors, `zeros` of those that are left, under their new names.
+    `kept` and `memory` speak of the source's tensors, `zeros` of those that are left, under their new names.
     """
     records = []
     whole = surgery.shapes(shapes)
@@ -195,6 +214,9 @@ def records_of(
             records.append(TensorRecord(**fields, status="added", reason=_times(shape)))
         elif old in kept:
             records.append(TensorRecord(**fields, status="pruned", kept=kept[old], reason=reason))
+        elif old in memory:
+            told = f"{1 - memory[old]:.1%} of the entries" + (f", {reason}" if reason else "")
+            records.append(TensorRecord(**fields, status="memoryless", kept=memory[old], reason=told))
         elif reason:
             records.append(TensorRecord(**fields, status="cut", reason=reason.removeprefix("cut ")))
         elif surgery.source.kept_on_purpose(name):
@@ -215,6 +237,8 @@ def tell_coverage(records: Sequence[TensorRecord], emit: Emit, share: str = "not
     emit(Table("coverage", ("weight", "tensors", "what happened", share), tuple(coverage_rows(records))))
     if any(record.status == "pruned" for record in records):
         emit(Note(MASKS))
+    if any(record.status == "memoryless" for record in records):
+        emit(Note(MEMORYLESS))
 
 
 def tell_size(before: Figures | SizeRecord, after: Figures | SizeRecord, emit: Emit) -> None:

@@ -13,7 +13,7 @@ from ssmcompress.errors import InputError, RecipeError, ResourceError
 from ssmcompress.events import Emit, Finished, Output, Table, ignore
 from ssmcompress.paths import expanded
 from ssmcompress.recipe import SECTIONS, Recipe, sentence, where_in
-from ssmcompress.steps import Cut, step_kind
+from ssmcompress.steps import SPARSESSM, Cut, step_kind
 
 
 def shipped() -> dict[str, Path]:
@@ -115,7 +115,7 @@ def _rivals(key: str, value: Any) -> tuple[str, ...]:
     """What a recipe says of a step that has no meaning once this is said of it."""
     if value is None:
         return ()
-    if (key, value) == ("method", "sparsegpt"):
+    if key == "method" and value in ("sparsegpt", *SPARSESSM):
         return ("scope",)
     return {"pattern": ("sparsity", "scope"), "sparsity": ("pattern",), "keep": ("target",), "target": ("keep",)}.get(
         key, ()

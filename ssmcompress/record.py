@@ -19,7 +19,7 @@ from ssmcompress.checkpoint.manifest import ShapeRecord, SizeRecord, SourceRecor
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import Checkpoint
 from ssmcompress.checkpoint.verify import Verification
-from ssmcompress.edits import Edit, Mask, Replace, reshaping
+from ssmcompress.edits import Edit, Forget, Mask, Replace, reshaping
 from ssmcompress.measure.glance import ON, Glance
 from ssmcompress.measure.perplexity import paired_difference
 from ssmcompress.prune.sizes import Weights, figures, weigh
@@ -69,7 +69,7 @@ def write(
     card.write(
         folder,
         title=f"{checkpoint.source.label}, pruned",
-        summary=_summary(edits, checkpoint.stored, sizes),
+        summary=_summary(edits, checkpoint.stored, sizes, tensors),
         manifest=made,
         recipe=recipe.to_yaml(),
         measures=measures,
@@ -121,18 +121,26 @@ def _size(surgery: Surgery, weights: Weights) -> SizeRecord:
     return SizeRecord(**asdict(figures(surgery, weights)), axes=axes)
 
 
-def _summary(found: Sequence[Edit], before: Mapping[str, Tensor], sizes: ShapeRecord | None) -> str:
+def _summary(
+    found: Sequence[Edit], before: Mapping[str, Tensor], sizes: ShapeRecord | None, tensors: Sequence[TensorRecord]
+) -> str:
     changes = {} if sizes is None else sizes.changes()
     told = ", ".join(f"{after} of {there} {axis}s" for axis, (there, after) in changes.items())
     parts = [f"Units were removed by ssmcompress: {told} are left."] if told else []
-    if not parts or any(isinstance(edit, Mask) for edit in found):
-        parts.append(_zeroed(found, before))
+    masks = [edit for edit in found if isinstance(edit, Mask) and not isinstance(edit, Forget)]
+    forgetful = [tensor for tensor in tensors if tensor.status == "memoryless"]
+    if masks or not (parts or forgetful):
+        parts.append(_zeroed(masks, found, before))
+    if forgetful:
+        share = 1 - sum(each.size * each.kept for each in forgetful) / sum(each.size for each in forgetful)
+        parts.append(
+            f"{share:.1%} of the entries of A_log in {len(forgetful)} layers were made memoryless by ssmcompress."
+        )
     return " ".join(parts)
 
 
-def _zeroed(found: Sequence[Edit], before: Mapping[str, Tensor]) -> str:
+def _zeroed(masks: Sequence[Mask], found: Sequence[Edit], before: Mapping[str, Tensor]) -> str:
     """How much was set to zero, apart from what was zero before; new values may have filled some of that."""
-    masks = [edit for edit in found if isinstance(edit, Mask)]
     filled = {edit.tensor: edit.values for edit in found if isinstance(edit, Replace)}
     entries, new, total = 0, 0, 0
     for mask in masks:

@@ -66,9 +66,10 @@ def prune(
 ) -> Result:
     """Sets weights to zero, writes the checkpoint, loads it again and measures it.
 
-    Options, with the defaults of a recipe: method "wanda" | "magnitude" | "sparsegpt"; sparsity 0.5, or pattern "N:M";
-    scope "row" | "tensor"; include, exclude: module names; modules: ratios by module; calib, calib_split, calib_column,
-    calib_mix "recall", windows 64, length 512: the calibration text; seed, device, dtype, backend.
+    Options, with the defaults of a recipe: method "wanda" | "magnitude" | "sparsegpt" | "sparsessm" | "sparsessm_v2";
+    sparsity 0.5, or pattern "N:M"; scope "row" | "tensor"; include, exclude: module names; modules: ratios by module;
+    calib, calib_split, calib_column, calib_mix "recall", windows 64, length 512: the calibration text; seed, device,
+    dtype, backend.
 
     Raises RecipeError or InputError for what was given, UnsupportedError for a model or module it cannot prune so.
     """

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Scope = Literal["row", "tensor"]
-Method = Literal["wanda", "magnitude", "sparsegpt"]
+Method = Literal["wanda", "magnitude", "sparsegpt", "sparsessm", "sparsessm_v2"]
+SPARSESSM = ("sparsessm", "sparsessm_v2")  # on the entries of A_log
 UNITS = ("taylor", "flap", "minitron", "magnitude", "random")
 METHODS = {  # of each axis, the usual one first
     "state": ("ghost", "joint", "sparsessm", "last", "taylor", "magnitude", "random", "rotate"),
@@ -27,6 +28,8 @@ class Strict(BaseModel):
 
 class Prune(Strict):
     """Zeroes weights: a share of each tensor or row (half unless told), or M - N of every M inputs.
+
+    Entries of A_log, which `sparsessm` chooses among and magnitude too where it is included, become memoryless instead.
 
     Scores compete over the whole tensor unless `scope` says row, for all modules or by module. WANDA's authors compare
     within rows, which costs these models more: a row of in_proj is a channel, a state or a step size, of which the
@@ -79,10 +82,15 @@ class Prune(Strict):
             raise ValueError("pattern and modules (ratios by module) exclude one another")
         if self.pattern and self.sparsity is not None:
             raise ValueError(f"pattern {self.pattern} and sparsity {self.sparsity} exclude one another")
-        if self.scope and (self.pattern or self.method == "sparsegpt"):
-            cause = "a pattern" if self.pattern else "sparsegpt"
+        if self.scope and (self.pattern or self.grouped):
+            cause = "a pattern" if self.pattern else self.method
             raise ValueError(f"scope has no meaning with {cause}, which has groups of its own")
         return self
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the method itself says where scores compete."""
+        return self.method in ("sparsegpt", *SPARSESSM)
 
     @property
     def calibrated(self) -> bool:

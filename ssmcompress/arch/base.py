@@ -18,6 +18,7 @@ Taps = Callable[[str, Any], None]
 Offset = Callable[[Tensor], Tensor]
 BIAS = "mixer.out_proj.bias"
 ROTATION = ("mixer.rotation.B", "mixer.rotation.C")
+DECAYS = "A_log"  # what makes states remember, named beside modules that have a weight
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,8 @@ class Arch(ABC):
         return f"backbone.layers.{layer}."
 
     def weight(self, layer: int, module: str) -> str:
-        """The tensor name of a prunable module's weight."""
-        return f"{self.prefix(layer)}mixer.{module}.weight"
+        """The tensor name of a prunable module's weight, or of the decays."""
+        return f"{self.prefix(layer)}mixer.{module}" + ("" if module == DECAYS else ".weight")
 
     def rows(self, module: str, **where: int) -> tuple[Slice, ...]:
         """The same cut through the rows of a module's weight and, where the config gives it one, its bias."""
@@ -242,14 +243,19 @@ class Scan(NamedTuple):
 
     def states(self) -> Iterator[Tensor]:
         """The state [B, H, P, N] after each token, one token at a time (Mamba-2, eq. 2)."""
+        return (state for _, state in self.steps())
+
+    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """exp(Δ A) [B, H, N] or [B, H, 1] of each token, and the state [B, H, P, N] after it."""
         heads = self.x.shape[2] // self.B.shape[2]
         delta = step_size(self.dt, self.dt_bias, self.limit)
         state = self.x.new_zeros(self.x.shape[0], *self.x.shape[2:], self.B.shape[-1])
         for t in range(self.x.shape[1]):
-            step = delta[:, t, :, None, None]
+            step = delta[:, t, :, None]
             b = self.B[:, t].repeat_interleave(heads, dim=1)[:, :, None]
-            state = torch.exp(step * self.A[:, None]) * state + step * self.x[:, t, :, :, None] * b
-            yield state
+            left = torch.exp(step * self.A)
+            state = left[:, :, None] * state + step[..., None] * self.x[:, t, :, :, None] * b
+            yield left, state
 
 
 class Mixer(nn.Module):

@@ -109,8 +109,9 @@ class Surgery:
         where = self.indices(name, shape)
         grid = [where.get(dim, torch.arange(size)) for dim, size in enumerate(shape)]
         full[torch.meshgrid(*grid, indexing="ij")] = whole
-        kind = Mask if isinstance(edit, Mask) else Add if name not in shapes else Replace
-        return kind(name, full)
+        if isinstance(edit, Mask):
+            return replace(edit, tensor=name, keep=full)
+        return Add(name, full) if name not in shapes else Replace(name, full)
 
     def _whole(self, edit: Add) -> tuple[str, torch.Size]:
         """The name of a new tensor in terms of the source, and its shape if nothing had been cut."""

@@ -16,6 +16,10 @@ MASKS = (
     "Zeros are stored like any other value: a mask alone changes neither the bytes this model takes in memory "
     "nor its speed. They pay only with a format or a kernel that skips zeros."
 )
+MEMORYLESS = (
+    "A memoryless entry of A_log is not removed: it is stored as 20, so that its state h = Δ B x is made anew by every "
+    "token. It takes the memory and the time of any other. In Mamba-2, one entry is the whole memory of a head."
+)
 OWN = (
     "No config of transformers says the sizes of these blocks. `modeling_ssmcompress.py`, which ssmcompress wrote "
     "here, does; transformers runs it only with `trust_remote_code=True`. It needs torch and transformers, nothing "
@@ -87,7 +91,7 @@ def coverage(tensors: Sequence[TensorRecord]) -> list[tuple[str, str, str, str]]
 
 
 def _front_matter(manifest: Manifest, license: str | None, *, stock: bool) -> str:
-    pruned = manifest.shape is not None or any(tensor.status == "pruned" for tensor in manifest.tensors)
+    pruned = manifest.shape is not None or any(each.status in ("pruned", "memoryless") for each in manifest.tensors)
     tags = ["ssmcompress", "state-space-model", "mamba", *(["pruned"] if pruned else [])]
     fields = ModelCardData(
         base_model=manifest.source.name.partition("@")[0] if manifest.source.revision else None,
@@ -124,7 +128,8 @@ def _coverage(manifest: Manifest) -> str:
         return ""
     table = _table(("weight", "tensors", "what happened", "not zero"), coverage(manifest.tensors))
     share = f"Of the pruned tensors, {manifest.sparsity:.1%} of the entries are zero." if manifest.sparsity else ""
-    return "\n\n".join(part for part in ("## What was touched", table, share, MASKS if share else "") if part)
+    forgets = MEMORYLESS if any(tensor.status == "memoryless" for tensor in manifest.tensors) else ""
+    return "\n\n".join(part for part in ("## What was touched", table, share, MASKS if share else "", forgets) if part)
 
 
 def _loading(manifest: Manifest, loaders: Sequence[str]) -> str:

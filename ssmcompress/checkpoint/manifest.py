@@ -62,12 +62,14 @@ class CalibrationRecord(Record):
 class TensorRecord(Record):
     """What happened to one tensor; `kept` is the fraction of entries that masks left, `reason` why it is as it is.
 
+    In a memoryless one the others were not set to zero: their states forget all but the token at hand.
+
     `zeros` is the number of entries that are zero as written, whatever made them so; None: not counted.
     """
 
     name: str
     shape: tuple[int, ...]
-    status: Literal["pruned", "cut", "added", "kept", "unsupported"]
+    status: Literal["pruned", "memoryless", "cut", "added", "kept", "unsupported"]
     kept: float = 1.0
     zeros: int | None = None
     reason: str = ""
@@ -80,7 +82,9 @@ class TensorRecord(Record):
     @property
     def nonzero(self) -> float:
         """The fraction of entries that are not zero, as far as it is known."""
-        return self.kept if self.zeros is None else 1 - self.zeros / max(1, self.size)
+        if self.zeros is None:
+            return 1.0 if self.status == "memoryless" else self.kept
+        return 1 - self.zeros / max(1, self.size)
 
 
 class SizeRecord(Record):

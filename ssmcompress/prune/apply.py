@@ -7,17 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmcompress.arch.base import Arch
+from ssmcompress.arch.base import DECAYS, Arch
+from ssmcompress.calib.states import DecaysInTime, EntriesInTime
 from ssmcompress.calib.stats import Hessian, SquaredSum, Statistic
 from ssmcompress.calib.walk import Walk
-from ssmcompress.edits import Edit, Mask, Replace, TensorEdit, apply, apply_edit
+from ssmcompress.edits import Edit, Forget, Mask, Replace, TensorEdit, apply, apply_edit
 from ssmcompress.events import Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import masks, scores
 from ssmcompress.prune.sparsegpt import sparsegpt
+from ssmcompress.prune.sparsessm import remembering
 from ssmcompress.prune.targets import Target, targets
 from ssmcompress.steps import Prune
 
-STATISTICS: dict[str, type[SquaredSum | Hessian]] = {"wanda": SquaredSum, "sparsegpt": Hessian}
+STATISTICS: dict[str, type[Statistic]] = {
+    "wanda": SquaredSum,
+    "sparsegpt": Hessian,
+    "sparsessm": EntriesInTime,
+    "sparsessm_v2": DecaysInTime,
+}
 BLOCK = 128  # columns whose errors SparseGPT spreads before it goes on to the next ones
 
 
@@ -47,11 +54,12 @@ def find_edits(
     else:
         assert windows is not None, f"{step.method} needs calibration"
         collect = STATISTICS[step.method]
-        walk = Walk(dict.fromkeys(pruner.inner, collect), pruner.walked, known=tuple(pruner.finished))
+        walk = Walk(dict.fromkeys(map(_tap, pruner.inner), collect), pruner.walked, known=tuple(pruner.finished))
         hidden = walk.run(model, arch, windows, emit)
-        head = collect(hidden[0].shape[-1])
-        for rows in hidden:
-            head.add(arch.final_norm(model)(rows))
+        if pruner.outer:
+            head = collect.of(hidden[0])
+            for rows in hidden:
+                head.add(arch.final_norm(model)(rows))
     for module in pruner.outer:
         name = arch.outer_weight(module)
         pruner.found += pruner.weight(name, model.get_parameter(name).data, module, head)
@@ -70,24 +78,27 @@ class _Pruner:
     ) -> None:
         self.arch, self.method, self.dtypes, self.finished = arch, step.method, dtypes, finished
         self.targets = targets(arch, step)
-        self.inner = tuple(module for module in self.targets if module in arch.prunable)
+        self.inner = tuple(module for module in self.targets if module not in arch.outer)
         self.outer = tuple(module for module in self.targets if module in arch.outer)
         self.found: list[Edit] = []
 
     def block(self, layer: int, block: nn.Module, statistics: Mapping[str, Statistic]) -> float | None:
-        """Prunes the targets of one block; returns the share of their entries that is not zero, None without any."""
-        weights = {module: block.get_parameter(f"mixer.{module}.weight").data for module in self.inner}
+        """Prunes the targets of one block; returns the share of their entries that stays, None without any."""
+        names = {module: self.arch.weight(layer, module) for module in self.inner}
+        prefix = self.arch.prefix(layer)
+        weights = {module: block.get_parameter(name.removeprefix(prefix)).data for module, name in names.items()}
         made = self.finished.get(layer)
         if made is None:
             made = []
             for module, weight in weights.items():
-                made += self.weight(self.arch.weight(layer, module), weight, module, statistics.get(module))
+                made += self.weight(names[module], weight, module, statistics.get(_tap(module)))
             self.finished[layer] = made
         else:
-            apply(made, {self.arch.weight(layer, module): weight for module, weight in weights.items()})
+            apply(made, {names[module]: weight for module, weight in weights.items()})
         self.found += made
         size = sum(weight.numel() for weight in weights.values())
-        return sum(int(weight.count_nonzero()) for weight in weights.values()) / size if weights else None
+        left = sum(int((weight != _mask(module).fill).sum()) for module, weight in weights.items())
+        return left / size if weights else None
 
     def walked(
         self, layer: int, block: nn.Module, statistics: Mapping[str, Statistic], _hidden: Sequence[Tensor]
@@ -97,13 +108,24 @@ class _Pruner:
 
     def weight(self, name: str, weight: Tensor, module: str, statistic: Statistic | None) -> list[TensorEdit]:
         """Prunes one weight in place; returns the edits that do it."""
-        values, keep = prune_weight(weight, self.method, self.targets[module], statistic)
-        made: list[TensorEdit] = [Mask(name, keep)]
+        if module == DECAYS:
+            values, keep = weight, remembering(weight, self.method, self.targets[module], statistic)
+        else:
+            values, keep = prune_weight(weight, self.method, self.targets[module], statistic)
+        made: list[TensorEdit] = [_mask(module)(name, keep)]
         if values is not weight:
             made.insert(0, Replace(name, values.to(self.dtypes.get(name, weight.dtype))))
         for edit in made:
             apply_edit(edit, weight)
         return made
+
+
+def _tap(module: str) -> str:
+    return "scan" if module == DECAYS else module
+
+
+def _mask(module: str) -> type[Mask]:
+    return Forget if module == DECAYS else Mask
 
 
 def prune_weight(weight: Tensor, method: str, target: Target, statistic: Any = None) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ def unstructured(score: Tensor, sparsity: float, scope: str = "row") -> Tensor:
     if not 0 <= sparsity < 1:
         raise InputError(f"The sparsity {sparsity} is not in [0, 1).", hint="0.5 zeroes half of the weights.")
     rows = score if scope == "row" else score.reshape(1, -1)
-    return ~_lowest(rows, int(rows.shape[-1] * sparsity)).view(score.shape)
+    return ~lowest(rows, int(rows.shape[-1] * sparsity)).view(score.shape)
 
 
 def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
@@ -31,9 +31,9 @@ def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     width = score.shape[-1]
     whole = width - width % m
     drop = torch.zeros_like(score, dtype=torch.bool)
-    drop[..., :whole] = _lowest(score[..., :whole].unflatten(-1, (width // m, m)), m - n).flatten(-2)
+    drop[..., :whole] = lowest(score[..., :whole].unflatten(-1, (width // m, m)), m - n).flatten(-2)
     rest = width - whole
-    drop[..., whole:] = _lowest(score[..., whole:], rest - -(-rest * n // m))
+    drop[..., whole:] = lowest(score[..., whole:], rest - -(-rest * n // m))
     return ~drop
 
 
@@ -45,7 +45,7 @@ def parse_pattern(text: str) -> tuple[int, int]:
     return int(n), int(m)
 
 
-def _lowest(rows: Tensor, count: int) -> Tensor:
+def lowest(rows: Tensor, count: int) -> Tensor:
     """True at the `count` lowest of each row [..., width], of equals the first, as a stable sort has it."""
     if bool(rows.isnan().any()):
         raise InputError("A score is not a number.", hint="Are all weights and calibration inputs finite?")

@@ -1,5 +1,7 @@
 """How much each weight matters. Pure tensors; scores are float32, higher matters more."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -43,10 +45,20 @@ def per_unit(values: Tensor, units: Tensor) -> Tensor:
     return values.double()[units].sum(1).float()
 
 
-def votes(saliency: Tensor, gone: int) -> Tensor:
-    """Minus the number of tokens at which each state is among the `gone` least salient, [tokens, N] → [N] (SparseSSM).
+def votes(saliency: Tensor, lowest: Callable[[Tensor], Tensor]) -> Tensor:
+    """Minus the number of tokens at which each entry is among the `lowest`, [tokens, …] → […] (SparseSSM, first score).
 
     The first token, before which all states are zero, has no say.
     """
-    least = saliency[1:].argsort(dim=1, stable=True)[:, :gone]
-    return -torch.bincount(least.flatten(), minlength=saliency.shape[1]).float()
+    total = torch.zeros_like(saliency[0], dtype=torch.float32)
+    for each in saliency[1:]:
+        total -= lowest(each).view_as(total).float()
+    return total
+
+
+def fading(energy: Tensor, decay: Tensor) -> Tensor:
+    """Σ_t δ_t² S_t / (t + 1) of energies S and decays δ [tokens, …] → […]: SparseSSM's second score, up to a factor."""
+    total = torch.zeros_like(energy[0], dtype=torch.float64)
+    for t, (each, left) in enumerate(zip(energy, decay, strict=True)):
+        total += left.double().square() * each.double() / (t + 1)
+    return total.float()

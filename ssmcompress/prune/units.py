@@ -17,7 +17,7 @@ from ssmcompress.calib.stats import Activity, Spread, SquaredSum, Statistic
 from ssmcompress.calib.walk import Walk
 from ssmcompress.edits import Add, Edit, Keep, Replace
 from ssmcompress.events import Advance, Emit, LayerDone, Phase, ignore
-from ssmcompress.prune import scores
+from ssmcompress.prune import masks, scores
 from ssmcompress.prune.correct import compensated, refitted, rescaled
 from ssmcompress.prune.rotate import bases
 from ssmcompress.prune.sizes import best, outline
@@ -222,7 +222,8 @@ class Scorer:
         return (self.statistics["scan"].energy * self.statistics["scan"].readout).sum(0)
 
     def _sparsessm(self) -> Tensor:
-        return scores.votes(self.statistics["scan"].total.cpu(), self.axis.size - self.after)
+        gone = self.axis.size - self.after
+        return scores.votes(self.statistics["scan"].total.cpu(), lambda saliency: masks.lowest(saliency, gone))
 
     def _last(self) -> Tensor:
         cuts = [part for part in self.axis.slices if part.tensor in ("mixer.x_proj.weight", "mixer.in_proj.weight")]

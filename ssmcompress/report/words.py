@@ -1,12 +1,19 @@
 """Numbers and recipes as people read them."""
 
+from ssmcompress.arch.base import DECAYS
 from ssmcompress.events import UNITS, number
 from ssmcompress.recipe import Recipe
 from ssmcompress.report.checkpoints import Made
 from ssmcompress.report.measures import Change, Figure
-from ssmcompress.steps import Cut, Prune, Step
+from ssmcompress.steps import SPARSESSM, Cut, Prune, Step
 
-METHODS = {"wanda": "WANDA", "magnitude": "magnitude", "sparsegpt": "SparseGPT"}
+METHODS = {
+    "wanda": "WANDA",
+    "magnitude": "magnitude",
+    "sparsegpt": "SparseGPT",
+    "sparsessm": "SparseSSM",
+    "sparsessm_v2": "SparseSSM v2",
+}
 NOT_MEASURED = "not measured"
 
 
@@ -83,7 +90,20 @@ def _brief(step: Step) -> str:
 def _sentence(step: Step) -> str:
     if isinstance(step, Cut):
         return f"Of the {step.axis}s, {_amount(step)} stay, chosen by {step.criterion}; the others are removed."
-    what = _names(step.include) if step.include else "every projection"
+    names = tuple(name for name in step.include if name != DECAYS)
+    if step.method in SPARSESSM or (step.include and not names):
+        return _forgets(step)
+    told = _zeroes(step, _names(names) if names else "every projection")
+    return f"{told} {_forgets(step)}" if DECAYS in (*step.include, *step.modules) else told
+
+
+def _forgets(step: Prune) -> str:
+    kept, _, of = (step.pattern or "").partition(":")
+    some = f"all but {kept} of every {of}" if of else f"{step.modules.get(DECAYS, step.sparsity or 0):.0%} of the"
+    return f"{_method(step)} makes {some} entries of A_log memoryless."
+
+
+def _zeroes(step: Prune, what: str) -> str:
     what += f" but {_names(step.exclude)}" if step.exclude else ""
     if step.pattern:
         kept, of = step.pattern.split(":")

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ssmcompress import edits
-from ssmcompress.edits import HEADER, Mask, Replace
+from ssmcompress.edits import HEADER, Forget, Mask, Replace
 from ssmcompress.errors import InputError, ResourceError
 
 SHAPES = [(3, 8), (5, 7), (1,), (2, 1, 4), (0, 4), (17,)]
@@ -16,6 +16,10 @@ SHAPES = [(3, 8), (5, 7), (1,), (2, 1, 4), (0, 4), (17,)]
 def mask(name="w", shape=(5, 7), seed=0):
     generator = torch.Generator().manual_seed(seed)
     return Mask(name, torch.rand(shape, generator=generator) < 0.5)
+
+
+def forget(name="w", shape=(5, 7), seed=0):
+    return Forget(name, mask(name, shape, seed).keep)
 
 
 def bits(tensor):
@@ -34,6 +38,17 @@ def test_a_mask_writes_plus_zero_and_keeps_the_other_bits(dtype):
     again = tensor.clone()
     edits.apply_edit(edit, again)
     assert torch.equal(bits(again), bits(tensor))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_forgets_becomes_20_in_every_dtype(tmp_path, dtype):
+    tensor = torch.randn(5, 7).to(dtype)
+    before, edit = tensor.clone(), forget()
+    edits.save([edit], tmp_path / "e")
+    (loaded,) = edits.load(tmp_path / "e").items
+    assert type(loaded) is Forget
+    edits.apply_edit(loaded, tensor)
+    assert torch.equal(tensor, torch.where(edit.keep, before, torch.tensor(20.0, dtype=dtype)))
 
 
 def test_a_mask_reaches_parameters_and_views():
@@ -129,15 +144,17 @@ def test_composed_steps_do_what_the_steps_do_in_turn():
     steps = [
         [mask("a"), mask("b"), Replace("c", torch.randn(5, 7))],
         [mask("a", seed=1), Replace("b", torch.randn(5, 7)), mask("c", seed=2)],
-        [Replace("a", torch.randn(5, 7)), mask("a", seed=3), mask("b", seed=4), mask("c", seed=5)],
+        [Replace("a", torch.randn(5, 7)), mask("a", seed=3), mask("b", seed=4), mask("c", seed=5), forget("d")],
+        [forget("a", seed=6), forget("b", seed=7), forget("d", seed=8)],
+        [mask("a", seed=9), Replace("b", torch.randn(5, 7)), forget("c", seed=10), mask("d", seed=11)],
     ]
-    for length in (1, 2, 3):
-        start = {name: torch.randn(5, 7) for name in "abc"}
+    for length in range(1, 6):
+        start = {name: torch.randn(5, 7) for name in "abcd"}
         in_turn = {name: tensor.clone() for name, tensor in start.items()}
         for step in steps[:length]:
             edits.apply(step, in_turn)
         composed = edits.compose(*steps[:length])
-        assert all(len(group) <= 2 for group in edits.by_tensor(composed).values())
+        assert all(len(group) <= 3 for group in edits.by_tensor(composed).values())
         edits.apply(composed, start)
         assert all(torch.equal(start[name], in_turn[name]) for name in start)
 
@@ -163,7 +180,7 @@ WRONG = {
     "shape of words": ({}, header(entry(shape=("2", 4))), "edits.0.shape.0: "),
     "negative shape": ({}, header(entry(shape=(-2, -4))), "edits.0.shape.0: "),
     "no name": ({}, header(entry(tensor="")), "edits.0.tensor: "),
-    "unknown kind": ({"turn:w": BYTE}, header(entry("turn")), "'turn', known are replace, mask, add, keep"),
+    "unknown kind": ({"turn:w": BYTE}, header(entry("turn")), "'turn', known are replace, mask, forget, add, keep"),
     "units of nothing": ({"keep:w.1": BYTE}, header(entry("keep", "w.1", (8,))), "about no axis"),
     "no units": ({"keep:layer": BYTE * 0}, header(entry("keep", "layer", (8,))), "keeps nothing"),
     "array missing": ({}, header(entry()), "differ .mask:w"),

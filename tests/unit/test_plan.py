@@ -66,6 +66,21 @@ def test_the_counts_of_a_model(folder):
     assert statuses["backbone.embeddings.weight"] == ("kept", "on purpose")
 
 
+def test_what_forgets_is_no_zero(folder):
+    events: list = []
+    found = plan_function(str(folder), method="sparsessm", sparsity=0.3, emit=events.append)
+    assert found.zeros == 0 and found.before == found.after
+    records = {record.name: record for record in found.tensors}
+    told = records["backbone.layers.1.mixer.A_log"]
+    assert (told.status, told.kept) == ("memoryless", 1 - int(64 * 5 * 0.3) / 320) and told.nonzero == 1
+    assert told.reason == "30.0% of the entries"
+    for module in ("in_proj", "conv1d"):
+        assert records[f"backbone.layers.0.mixer.{module}.weight"].status == "unsupported"
+    assert any("memoryless" in event.text for event in events if isinstance(event, Note))
+    both = plan_function(str(folder), method="magnitude", sparsity=0.25, include=("A_log", "out_proj"))
+    assert both.zeros == 2 * int(32 * 64 * 0.25)
+
+
 def test_it_reads_no_weight_and_writes_nothing(folder, monkeypatch):
     from ssmcompress.checkpoint.shards import Shards
 

@@ -106,6 +106,7 @@ ONE = "model: ref:mamba\nsteps:\n- step: prune\n"
         ("sparsity: 0.5", ["steps.0.pattern=2:4"], {"pattern": "2:4"}),
         ("sparsity: 0.5\n  scope: tensor", ["pattern=2:4"], {"pattern": "2:4"}),
         ("sparsity: 0.5\n  scope: tensor", ["method=sparsegpt"], {"method": "sparsegpt", "sparsity": 0.5}),
+        ("sparsity: 0.5\n  scope: row", ["method=sparsessm"], {"method": "sparsessm", "sparsity": 0.5}),
         ("sparsity: 0.5\n  scope: row", ["method=magnitude"], {"method": "magnitude", "scope": "row"}),
         ('pattern: "2:4"', ["sparsity=0.3"], {"sparsity": 0.3}),
         ('pattern: "2:4"', ["sparsity=null"], {"pattern": "2:4"}),

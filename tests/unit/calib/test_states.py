@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssmcompress.arch.base import mixers
-from ssmcompress.calib.states import States, StatesInTime
+from ssmcompress.calib.states import DecaysInTime, EntriesInTime, States, StatesInTime
 from ssmcompress.calib.taps import observe
 from tests.unit.arch import models
 
@@ -37,6 +37,32 @@ def test_the_sums_are_those_of_the_recurrence(name):
         assert torch.allclose(figure.double(), total / 21, rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2-grouped"])
+def test_entries_in_time_are_sums_over_windows_of_what_each_token_meets(name):
+    model, ids = models.ours(name), models.tokens(3, 7)
+    mixer, scans = next(mixers(model)), []
+    with observe(mixer, lambda module, x: scans.append(x) if module == "scan" else None), torch.no_grad():
+        for row in ids.split(1):
+            model(row)
+    found, lone = DecaysInTime.of(scans[0]), EntriesInTime.of(scans[0])
+    for scan in scans:
+        found.add(scan)
+        lone.add(scan)
+    energy, decay = (torch.zeros(7, *scans[0].A.shape, dtype=torch.float64) for _ in range(2))
+    for scan in scans:
+        delta = torch.nn.functional.softplus(scan.dt[0] + scan.dt_bias).double()
+        states = list(scan.states())
+        for t in range(1, 7):
+            decay[t] += torch.exp(delta[t][:, None] * scan.A)
+            for h, state in enumerate(states[t - 1][0].double()):  # [P, N]
+                squares = state.square().sum(0)
+                energy[t, h] += squares if scan.A.shape[1] > 1 else squares.sum()
+    assert found.count == 21 and not found.total[:, 0].any() and found.total.dtype == torch.float32
+    assert torch.equal(found.energy, lone.energy) and lone.total.numel() == 7 * mixer.A_log.numel()
+    assert torch.allclose(found.energy.double(), energy, rtol=1e-5)
+    assert torch.allclose(found.decay.double(), decay, rtol=1e-5)
+
+
 def test_saliency_in_time_weighs_the_state_before_each_token():
     model, ids = models.ours("mamba"), models.tokens(3, 7)
     mixer, scans = next(mixers(model)), []
@@ -53,3 +79,14 @@ def test_saliency_in_time_weighs_the_state_before_each_token():
             expected[t] += (mixer.A_log.square()[None, :, None] * states[t].square()).sum((0, 1, 2))
     assert found.count == 21 and not found.total[0].any()
     assert torch.allclose(found.total.float(), expected.detach(), rtol=1e-4)
+
+
+def test_memoryless_entries_have_no_saliency():
+    model, ids = models.ours("mamba"), models.tokens(1, 7)
+    mixer, scans = next(mixers(model)), []
+    mixer.A_log.data[:, 2] = 20
+    with observe(mixer, lambda module, x: scans.append(x) if module == "scan" else None), torch.no_grad():
+        model(ids)
+    found = StatesInTime.of(scans[0])
+    found.add(scans[0])
+    assert found.total[1:, [0, 1, 3, 4]].all() and not found.total[:, 2].any()

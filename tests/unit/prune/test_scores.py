@@ -2,7 +2,8 @@
 
 import torch
 
-from ssmcompress.prune.scores import magnitude, votes, wanda
+from ssmcompress.prune.masks import lowest
+from ssmcompress.prune.scores import fading, magnitude, votes, wanda
 
 
 def test_magnitude_is_the_absolute_value_in_float32():
@@ -30,5 +31,12 @@ def test_wanda_weighs_each_channel_of_a_convolution():
 
 def test_a_state_is_voted_out_at_every_token_where_it_is_among_the_least():
     saliency = torch.tensor([[9.0, 0.0, 0.0], [1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
-    assert votes(saliency, 1).tolist() == [-2, -1, 0]
-    assert votes(saliency, 2).tolist() == [-2, -3, -1]
+    for gone, expected in ((1, [-2, -1, 0]), (2, [-2, -3, -1])):
+        assert votes(saliency, lambda row, gone=gone: lowest(row, gone)).tolist() == expected
+    assert votes(saliency[:1], lambda row: lowest(row, 1)).tolist() == [0, 0, 0]
+
+
+def test_early_tokens_weigh_more_where_energies_fade():
+    energy = torch.tensor([[0.0, 0.0], [2.0, 1.0], [0.0, 3.0]])
+    decay = torch.tensor([[9.0, 9.0], [0.5, 1.0], [1.0, 2.0]])
+    assert fading(energy, decay).tolist() == [2 * 0.25 / 2, 1 / 2 + 3 * 4 / 3]

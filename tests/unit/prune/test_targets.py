@@ -70,6 +70,7 @@ HEAD = {"include": ["in_proj", "lm_head"]}
         ({"scope": "tensor"} | HEAD, "tensor"),
         ({"pattern": "2:4"}, None),
         ({"method": "sparsegpt"}, None),
+        ({"method": "sparsessm"}, None),
     ],
 )
 def test_the_usual_scope_is_written_out_and_changes_nothing(step, scope):
@@ -123,6 +124,33 @@ def test_what_a_method_has_no_form_for_is_refused():
     with pytest.raises(UnsupportedError, match="embeddings"):
         targets(MAMBA, Prune(method="wanda", include=("embeddings",)))
     assert "embeddings" in targets(MAMBA, Prune(method="magnitude", include=("embeddings",)))
+
+
+@pytest.mark.parametrize("method", ["sparsessm", "sparsessm_v2"])
+def test_sparsessm_scores_a_log_and_nothing_else(method):
+    for arch in (MAMBA, MAMBA2):
+        assert targets(arch, Prune(method=method)) == {"A_log": Target(0.5, None, "tensor")}
+    assert targets(MAMBA, Prune(method=method, pattern="2:4"))["A_log"].pattern == (2, 4)
+    assert targets(MAMBA, Prune(method=method, modules={"A_log": 0.25}))["A_log"].sparsity == 0.25
+    for step in ({"include": ("in_proj",)}, {"include": ("A_log", "embeddings")}, {"modules": {"out_proj": 0.2}}):
+        with pytest.raises(UnsupportedError, match=r"has no form for (in_proj|embeddings|out_proj): it scores"):
+            targets(MAMBA, Prune(method=method, **step))
+    with pytest.raises(InputError, match="Nothing is left"):
+        targets(MAMBA, Prune(method=method, exclude=("A_log",)))
+
+
+def test_a_log_has_a_form_for_some_methods_only():
+    assert "A_log" not in targets(MAMBA, Prune(method="magnitude"))
+    found = targets(MAMBA, Prune(method="magnitude", include=("A_log", "in_proj"), scope="row"))
+    assert found == {"in_proj": Target(0.5, None, "row"), "A_log": Target(0.5, None, "row")}
+    for method in ("wanda", "sparsegpt"):
+        with pytest.raises(UnsupportedError, match=f"{method} has no form for A_log") as error:
+            targets(MAMBA, Prune(method=method, include=("A_log",)))
+        assert "sparsessm" in error.value.hint
+    for method in ("magnitude", "sparsessm"):
+        with pytest.raises(UnsupportedError, match="no row of states") as error:
+            targets(MAMBA2, Prune(method=method, include=("A_log",), pattern="2:4"))
+        assert "--sparsity" in error.value.hint
 
 
 def test_a_tied_weight_is_named_once():

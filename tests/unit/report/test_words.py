@@ -17,6 +17,18 @@ from ssmcompress.report.measures import Change, Figure
         ({"method": "sparsegpt", "sparsity": 0.6}, "SparseGPT 60%", "make up for those that go"),
         ({"method": "magnitude", "include": ["in_proj", "conv1d"]}, "Magnitude 50%", "of in_proj and conv1d to zero"),
         ({"method": "magnitude", "exclude": ["x_proj"]}, "Magnitude 50%", "every projection but x_proj"),
+        ({"method": "sparsessm"}, "SparseSSM 50%", "SparseSSM makes 50% of the entries of A_log memoryless."),
+        (
+            {"method": "sparsessm_v2", "pattern": "2:4"},
+            "SparseSSM v2 2:4",
+            "makes all but 2 of every 4 entries of A_log",
+        ),
+        ({"method": "magnitude", "include": ["A_log"]}, "Magnitude 50%", "Magnitude makes 50% of the entries of A_log"),
+        (
+            {"method": "magnitude", "include": ["in_proj", "A_log"]},
+            "Magnitude 50%",
+            "sets 50% of in_proj to zero; scores compete within each tensor. Magnitude makes 50% of the entries",
+        ),
         ({"modules": {"out_proj": 0.3}}, "WANDA 50% and ratios by module", "(out_proj 30%)"),
     ],
 )
