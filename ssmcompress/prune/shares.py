@@ -40,8 +40,9 @@ def shared_out(arch: Arch, step: Cut, weights: Weights, scores: Sequence[Tensor]
     if step.target is None:
         wanted = _wanted(step, sum(before))
         if not sum(least) <= wanted <= sum(before):
-            reason = "every layer keeps some" if wanted < sum(least) else f"there are {sum(before)}"
-            raise _impossible(step, sum(before), wanted, reason, sum(least if wanted < sum(least) else before))
+            few = wanted < sum(least)
+            reason = "every layer keeps some" if few else f"there are {sum(before)}"
+            raise _impossible(step, sum(before), wanted, reason, sum(least if few else before))
         return share(wanted)
     kind, bound, relative = budget(step.target)
 
@@ -119,5 +120,5 @@ def _why(arch: Arch, step: Cut) -> str:
 def _impossible(step: Cut, whole: int, wanted: float, reason: str, near: int) -> UnsupportedError:
     return UnsupportedError(
         f"{wanted:g} of the {whole} {step.axis}s of all layers cannot stay: {reason}.",
-        hint=f"The nearest possible: {near} (--keep {near / whole:.4g}).",
+        hint=f"Possible: {near} (--keep {near / whole:.4g}).",
     )
