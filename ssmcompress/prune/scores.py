@@ -39,7 +39,7 @@ def standardised(score: Tensor) -> Tensor:
 
 
 def tail_share(score: Tensor) -> Tensor:
-    """s_i over the sum of all s_j ≥ s_i, [n], in (0, 1]: the highest has 1 (LAST)."""
+    """s_i over the sum of all s_j ≥ s_i, [n], at most 1, which the highest has (LAST)."""
     above = torch.where(score >= score[:, None], score, 0).sum(1)
     return score / above.clamp_min(torch.finfo(score.dtype).tiny)
 

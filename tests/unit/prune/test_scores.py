@@ -1,8 +1,9 @@
 """Scores against their definitions, entry by entry."""
 
+import pytest
 import torch
 
-from ssmcompress.prune.scores import magnitude, votes, wanda
+from ssmcompress.prune.scores import magnitude, standardised, tail_share, votes, wanda
 
 
 def test_magnitude_is_the_absolute_value_in_float32():
@@ -32,3 +33,10 @@ def test_a_state_is_voted_out_at_every_token_where_it_is_among_the_least():
     saliency = torch.tensor([[9.0, 0.0, 0.0], [1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
     assert votes(saliency, 1).tolist() == [-2, -1, 0]
     assert votes(saliency, 2).tolist() == [-2, -3, -1]
+
+
+def test_scores_of_a_layer_become_comparable():
+    score = torch.tensor([1.0, 4.0, 4.0, 0.0])
+    assert torch.allclose(standardised(score).std(), torch.tensor(1.0)) and standardised(score).mean().abs() < 1e-6
+    assert tail_share(score).tolist() == pytest.approx([1 / 9, 0.5, 0.5, 0.0])
+    assert standardised(torch.ones(3)).tolist() == tail_share(torch.zeros(3)).tolist() == [0, 0, 0]
