@@ -261,8 +261,9 @@ def size_rows(before: Figures | SizeRecord, after: Figures | SizeRecord) -> tupl
 def _tell(found: Plan, emit: Emit) -> None:
     for change in found.sizes:
         emit(Note(change.note or f"{change.after} of {change.before} {change.axis}s stay."))
-        if change.open:
-            emit(Note(f"These are the {change.axis}s of all layers: how many each keeps is for the scores to say."))
+        if change.layers:
+            each = "for the scores to say" if change.open else ", ".join(map(str, change.layers))
+            emit(Note(f"These are the {change.axis}s of all layers; how many each keeps: {each}."))
     if len(found.sizes) > 1 and any(change.open for change in found.sizes):
         emit(Note("What is left after is an estimate: it depends on how many units each layer keeps."))
     params, *others = size_rows(found.before, found.after)
