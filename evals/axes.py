@@ -35,6 +35,11 @@ MODELS = {
     "mamba": ("state", "channel", "dt_rank", "layer"),
     "mamba2": ("state", "head", "head_channel", "layer"),
 }
+ACROSS = {  # of each axis the scores and the correction whose units compete over the whole model too
+    "state": (("ghost",), "none"),
+    "channel": (("taylor", "flap"), "refit"),
+    "head": (("taylor", "flap"), "refit"),
+}
 COLUMNS = ("axis", "keep", "score", "correction", "novel", "pages, against dense", "copy 20", "4 pairs")
 
 
@@ -59,7 +64,10 @@ def main() -> None:
 
 
 def cases(model: str) -> Iterator[Cut]:
-    """Every score of every axis; at half of the units refitted too, and with the norm that heads share rescaled."""
+    """Every score of every axis; at half of the units refitted too, and with the norm that heads share rescaled.
+
+    Then half of the units of the whole model, of which layers keep different numbers.
+    """
     for axis in MODELS[model]:
         for keep in (0.75, 0.5):
             for method in METHODS[axis]:
@@ -72,6 +80,10 @@ def cases(model: str) -> Iterator[Cut]:
                     yield Cut.model_validate(
                         {"axis": axis, "keep": keep, "method": method, "correct": correct, "any_size": True}
                     )
+        methods, correct = ACROSS.get(axis, ((), "none"))
+        for method in methods:
+            said = {"axis": axis, "keep": 0.5, "method": method, "correct": correct, "scope": "model"}
+            yield Cut.model_validate(said | {"any_size": True})
 
 
 def measured(model: str, case: Cut | None, documents: list[str]) -> dict[str, Any]:
@@ -123,7 +135,8 @@ def table(model: str, found: dict[str, Any]) -> str:
         if "pages" in each:
             low, high = change(found, _name(None), _name(case))[1:]
             told = f"{each['pages'] - dense['pages']:+.4f} [{low:+.4f}, {high:+.4f}]"
-            cells = (case.axis, f"{case.keep:g}", case.criterion, case.correct, f"{each['novel']:.4f}", told)
+            axis = f"{case.axis}, whole model" if case.scope == "model" else case.axis
+            cells = (axis, f"{case.keep:g}", case.criterion, case.correct, f"{each['novel']:.4f}", told)
             lines.append((*cells, *_memory(each)))
     return f"### ref:{model}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -139,7 +152,10 @@ def _read(model: str) -> dict[str, Any]:
 
 
 def _name(case: Cut | None) -> str:
-    return "dense" if case is None else f"{case.axis} {case.keep:g} {case.criterion} {case.correct}"
+    if case is None:
+        return "dense"
+    name = f"{case.axis} {case.keep:g} {case.criterion} {case.correct}"
+    return f"{name} {case.scope}" if case.scope == "model" else name
 
 
 if __name__ == "__main__":

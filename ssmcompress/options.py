@@ -102,8 +102,14 @@ Pattern = Annotated[
     typer.Option("--pattern", metavar="N:M", help="Keep N of every M inputs instead (2:4).", rich_help_panel=WHAT),
 ]
 Scope = Annotated[
-    Literal["row", "tensor"] | None,
-    typer.Option("--scope", help="Where scores compete; row is the form of the WANDA paper.", rich_help_panel=WHAT),
+    Literal["row", "tensor", "layer", "model"] | None,
+    typer.Option(
+        "--scope",
+        help="Where scores compete: those of weights in a tensor or a row (as in the WANDA paper), those of the units "
+        "of an axis in a layer, or in the whole model, where layers end with sizes of their own.",
+        show_default="tensor; layer",
+        rich_help_panel=WHAT,
+    ),
 ]
 Include = Annotated[
     list[str] | None,

@@ -1,6 +1,6 @@
 """What a run would change, before it costs anything: shapes are read from the files' headers, no tensor is."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -21,7 +21,8 @@ from ssmcompress.edits import Edit, Forget, Mask
 from ssmcompress.errors import InputError, RecipeError, ResourceError, UnsupportedError
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
-from ssmcompress.prune.sizes import Figures, Size, Weights, figures, outline, size, weigh
+from ssmcompress.prune.shares import sized
+from ssmcompress.prune.sizes import Figures, Size, Weights, figures, outline, weigh
 from ssmcompress.prune.targets import Target, formless, targets
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import read, shipped
@@ -59,7 +60,7 @@ def plan(
         before=figures(Surgery(arch, ()), weights),
         after=figures(expected.surgery, weights),
         sizes=expected.sizes,
-        stock=expected.surgery.arch.stock,
+        stock=expected.stock,
         zeros_before=None if counted is None else sum(counted.values()),
         zeros=sum(least.values()),
         tensors=records_of(
@@ -69,6 +70,7 @@ def plan(
             formless(arch, recipe.steps),
             None if counted is None else least,
             expected.memory,
+            expected.apart,
         ),
     )
     _tell(found, emit)
@@ -79,7 +81,8 @@ def plan(
 class Forecast:
     """What steps would leave: which shapes, and the share of each tensor's entries that is not set to zero.
 
-    `memory` is the share of the entries of each A_log that is not made memoryless.
+    `memory` is the share of the entries of each A_log that is not made memoryless. Layers will differ on the axes
+    `apart`, nothing says yet how: there the shapes are as even as can be.
     """
 
     surgery: Surgery
@@ -87,6 +90,12 @@ class Forecast:
     sizes: tuple[Size, ...]
     anew: frozenset[str] = frozenset()  # tensors whose new values fill zeros that were there
     memory: dict[str, float] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()
+
+    @property
+    def stock(self) -> bool:
+        """Whether a config of transformers says the sizes."""
+        return self.surgery.arch.stock and not self.apart
 
     def zeros(self, shapes: Mapping[str, torch.Size], before: Mapping[str, int]) -> dict[str, int]:
         """The zeros of every tensor, by new name, at least: those there, which masks may choose again, or theirs."""
@@ -108,13 +117,14 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
     kept: dict[str, float] = {}
     memory: dict[str, float] = {}
     sizes: list[Size] = []
-    anew: set[str] = set()
+    anew, apart = set[str](), set[str]()
     for step in steps:
         surgery = Surgery(arch, units)
         left, names = weights.after(surgery), surgery.names(weights.shapes)
         if isinstance(step, Cut):
-            sizes.append(size(surgery.arch, step, left))
-            cut = outline(surgery.arch, step, sizes[-1].after)
+            sizes.append(sized(surgery.arch, step, left, apart))
+            apart |= {step.axis} if sizes[-1].open else set()
+            cut = outline(surgery.arch, step, sizes[-1].layers or sizes[-1].after)
             units = editing.compose(units, [surgery.lift(edit, weights.shapes) for edit in cut])
             continue
         for module, target in targets(surgery.arch, step).items():
@@ -124,11 +134,11 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
                 told[names[name]] = min(share, told.get(names[name], 1.0))
                 filled = step.method == "sparsegpt" or module == DECAYS
                 anew |= {names[name]} if filled and share < 1 else set()
-    surgery = Surgery(arch, units)
-    if any(isinstance(step, Cut) and step.stock_only for step in steps) and not surgery.arch.stock:
+    found = Forecast(Surgery(arch, units), kept, tuple(sizes), frozenset(anew), memory, frozenset(apart))
+    if any(isinstance(step, Cut) and step.stock_only for step in steps) and not found.stock:
         hint = "Without --stock-only the output brings a modeling file that says them."
         raise UnsupportedError("No config of transformers says the sizes that would be left.", hint=hint)
-    return Forecast(surgery, kept, tuple(sizes), frozenset(anew), memory)
+    return found
 
 
 def _recipe(model: str | Recipe, overrides: Sequence[str], options: PruneOptions) -> Recipe:
@@ -199,16 +209,20 @@ def records_of(
     unsupported: Container[str] = (),
     zeros: Mapping[str, int] | None = None,
     memory: Mapping[str, float] = MappingProxyType({}),
+    apart: Collection[str] = (),
 ) -> tuple[TensorRecord, ...]:
     """A record for every tensor that stays: pruned, memoryless, cut, kept on purpose, unsupported, or not chosen.
 
-    `kept` and `memory` speak of the source's tensors, `zeros` of those that are left, under their new names.
+    `kept` and `memory` speak of the source's tensors, `zeros` of those that are left, under their new names. What the
+    axes `apart` leave of a tensor differs by layer, and is not known yet.
     """
-    records = []
-    whole = surgery.shapes(shapes)
+    records, arch, whole = [], surgery.source, surgery.shapes(shapes)
+    cuts = ((layer, arch.axes(layer)[axis]) for layer in surgery.layers for axis in apart)
+    unknown = {arch.prefix(layer) + part.tensor for layer, axis in cuts for part in axis.slices}
     for name, old in surgery.names(shapes).items():
         shape = surgery.shape(old, whole[old])
-        reason = "" if shape == whole[old] else f"cut from {_times(whole[old])} to {_times(shape)}"
+        left = "a size of its layer's own" if old in unknown else _times(shape)
+        reason = "" if shape == whole[old] else f"cut from {_times(whole[old])} to {left}"
         fields: dict[str, Any] = {"name": name, "shape": tuple(shape), "zeros": (zeros or {}).get(name)}
         if old in surgery.added:
             records.append(TensorRecord(**fields, status="added", reason=_times(shape)))
@@ -268,6 +282,11 @@ def size_rows(before: Figures | SizeRecord, after: Figures | SizeRecord) -> tupl
 def _tell(found: Plan, emit: Emit) -> None:
     for change in found.sizes:
         emit(Note(change.note or f"{change.after} of {change.before} {change.axis}s stay."))
+        if change.layers:
+            each = "for the scores to say" if change.open else ", ".join(map(str, change.layers))
+            emit(Note(f"These are the {change.axis}s of all layers; how many each keeps: {each}."))
+    if len(found.sizes) > 1 and any(change.open for change in found.sizes):
+        emit(Note("What is left after is an estimate: it depends on how many units each layer keeps."))
     params, *others = size_rows(found.before, found.after)
     before = "not counted" if found.zeros_before is None else f"{found.zeros_before:,}"
     after = f"at least {found.zeros:,}" if found.zeros_before else f"{found.zeros:,}"

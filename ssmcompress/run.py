@@ -69,7 +69,7 @@ def prune(
     Options, with the defaults of a recipe: method "wanda" | "magnitude" | "sparsegpt" | "sparsessm" | "sparsessm_v2";
     sparsity 0.5, or pattern "N:M"; scope "row" | "tensor"; include, exclude: module names; modules: ratios by module;
     calib, calib_split, calib_column, calib_mix "recall", windows 64, length 512: the calibration text; seed, device,
-    dtype, backend.
+    dtype, backend. With an axis: keep or target, correct, scope "layer" | "model", any_size, stock_only.
 
     Raises RecipeError or InputError for what was given, UnsupportedError for a model or module it cannot prune so.
     """
@@ -117,7 +117,7 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
         journal = Journal(folder, EVENTS)
         with journal.kept(), JsonLines(folder / EVENTS) as lines:
             tell = fan(emit, lines)
-            if not expected.surgery.arch.stock:
+            if not expected.stock:
                 tell_format(stock=False, emit=tell)
             checkpoint = _load(source, recipe, tell)
             windows = _calibration(checkpoint, recipe, tell)
@@ -262,7 +262,8 @@ def _edit(
     for i, step in enumerate(recipe.steps):
         surgery, layers = Surgery(checkpoint.arch, found), journal.step(i)
         if layers:
-            tell(Note(f"Going on from an earlier run: {len(layers)} of {edited.arch.layers} layers are done."))
+            done = sum(layer < edited.arch.layers for layer in layers)  # beside them lies a choice for all
+            tell(Note(f"Going on from an earlier run: {done} of {edited.arch.layers} layers are done."))
         dtypes = {new: _dtype(surgery, stored, old) for new, old in surgery.names(stored).items()}
         if isinstance(step, Cut):
             left = weigh(stored).after(surgery)

@@ -2,7 +2,7 @@
 
 import re
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
@@ -20,6 +20,7 @@ METHODS = {  # of each axis, the usual one first
     "layer": ("shedder", "similarity", "random"),
 }
 REFITTED = ("channel", "head", "head_channel")
+WHOLE = ("layer",)  # axes of the whole model, not of a block
 
 
 class Strict(BaseModel):
@@ -53,6 +54,16 @@ class Prune(Strict):
             if values.get("sparsity") is None and values.get("pattern") is None:
                 values["sparsity"] = 0.5
         return values
+
+    @field_validator("scope", mode="before")
+    @classmethod
+    def _within(cls, value: Any) -> Any:
+        known = get_args(Scope)
+        if isinstance(value, str) and value not in known:
+            near = get_close_matches(value, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"must be {' or '.join(known)} where weights become zero{hint}")
+        return value
 
     @field_validator("include", "exclude", mode="before")
     @classmethod
@@ -107,11 +118,12 @@ class Cut(Strict):
     """Removes units of an axis from every layer, or whole layers: those of which the method makes least.
 
     `keep` is the share that stays (up to 1) or their number (above 1); `target` a budget: params=75%, state=50% or
-    memory=500MB, of the whole model. `correct` makes up for what went: refit solves each out_proj for the dense block's
-    output, and is usual for channels and heads; bias gives it the mean of what went; rescale corrects the norm that
-    heads share. The method rotate takes the states of Mamba-2 to a basis of fewer instead of choosing among them.
-    `any_size` lets sizes pass that kernels run slowly or not at all; `stock_only` refuses those that no config of
-    transformers says.
+    memory=500MB, of the whole model. By `scope` every layer keeps as many units, or those of the whole model compete:
+    layers then end with sizes of their own, and a number is that of all. `correct` makes up for what went: refit solves
+    each out_proj for the dense block's output, and is usual for channels and heads; bias gives it the mean of what
+    went; rescale corrects the norm that heads share. The method rotate takes the states of Mamba-2 to a basis of fewer
+    instead of choosing among them. `any_size` lets sizes pass that kernels run slowly or not at all; `stock_only`
+    refuses those that no config of transformers says.
     """
 
     step: Literal["prune"] = "prune"
@@ -120,6 +132,7 @@ class Cut(Strict):
     keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     target: str | None = None
     correct: Literal["none", "rescale", "refit", "bias"] | None = None
+    scope: Literal["layer", "model"] | None = None
     any_size: bool = False
     stock_only: bool = False
 
@@ -138,6 +151,10 @@ class Cut(Strict):
             raise ValueError(f"rescale corrects the norm that heads share; the axis {self.axis} has none")
         if self.correct in ("refit", "bias") and self.axis == "layer":
             raise ValueError(f"{self.correct} needs a block whose output projection stays; the axis layer leaves none")
+        if self.scope and self.axis in WHOLE:
+            raise ValueError(f"scope has no meaning with the axis {self.axis}, which is one for the whole model")
+        if self.scope == "model" and self.rotates:
+            raise ValueError("rotate scores no states that could compete over the whole model; choose another method")
         if self.method not in (None, *METHODS[self.axis]):
             near = get_close_matches(str(self.method), METHODS[self.axis], n=1)
             known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS[self.axis])}"
@@ -158,6 +175,11 @@ class Cut(Strict):
     def rotates(self) -> bool:
         """Whether states are taken to another basis."""
         return self.method == "rotate"
+
+    @property
+    def reach(self) -> Literal["layer", "model"] | None:
+        """Where the units of a block's axis compete: within their layer unless told; None for an axis of the model."""
+        return None if self.axis in WHOLE else self.scope or "layer"
 
     @property
     def calibrated(self) -> bool:
@@ -199,6 +221,8 @@ def beyond_defaults(step: Step) -> dict[str, Any]:
     """What a step says that is not usual, be it written out or left out."""
     said = step.model_dump(mode="json", exclude_defaults=True)
     if isinstance(step, Cut):
+        if step.reach == "layer":
+            said.pop("scope", None)
         return said | {"method": step.criterion, "correct": step.correction}
     scope = said.pop("scope", None)
     if isinstance(scope, dict):

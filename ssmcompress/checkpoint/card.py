@@ -1,5 +1,6 @@
 """`README.md` of an output: a model card that says what was done, what it cost, and what it does not bring."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ OWN = (
     "here, does; transformers runs it only with `trust_remote_code=True`. It needs torch and transformers, nothing "
     "else. `ssmcompress` itself has no need of it, and runs no code from a folder."
 )
+
+
+NUMBER = r"\d+"
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,28 @@ def license_of(source: Source) -> str | None:
 
 
 def coverage(tensors: Sequence[TensorRecord]) -> list[tuple[str, str, str, str]]:
-    """Rows (weight, layers, what happened, share that is not zero), one a kind of tensor, in the order of the model."""
-    kinds: dict[tuple[str, str, str], list[TensorRecord]] = {}
+    """Rows (weight, tensors, what happened, share that is not zero), in the order of the model.
+
+    Tensors of a kind share one, even if they were cut to different sizes: it tells the least and the largest.
+    """
+    kinds: dict[str, dict[tuple[str, ...], list[TensorRecord]]] = {}
     for tensor in tensors:
-        kinds.setdefault((_kind(tensor.name), tensor.status, tensor.reason), []).append(tensor)
+        alike = (tensor.status, *re.split(NUMBER, tensor.reason))
+        kinds.setdefault(_kind(tensor.name), {}).setdefault(alike, []).append(tensor)
     rows = []
-    for (kind, status, reason), members in kinds.items():
+    for kind, (status, *_), members in ((kind, *each) for kind, found in kinds.items() for each in found.items()):
+        reason = _spanned([tensor.reason for tensor in members])
         size = sum(tensor.size for tensor in members)
         kept = sum(tensor.size * tensor.nonzero for tensor in members) / max(1, size)
         rows.append((kind, str(len(members)), f"{status}: {reason}" if reason else status, f"{kept:.1%}"))
     return rows
+
+
+def _spanned(texts: Sequence[str]) -> str:
+    """One text for several that differ in their numbers."""
+    numbers = zip(*(map(int, re.findall(NUMBER, text)) for text in texts), strict=True)
+    spans = iter([f"{min(each)}–{max(each)}" if min(each) < max(each) else str(each[0]) for each in numbers])
+    return re.sub(NUMBER, lambda _: next(spans), texts[0])
 
 
 def _front_matter(manifest: Manifest, license: str | None, *, stock: bool) -> str:
@@ -120,7 +136,10 @@ def _shape(shape: ShapeRecord | None) -> str:
     amounts = (("parameters", "params"), ("weight bytes", "weight_bytes"), ("state bytes a sequence", "state_bytes"))
     rows = [(f"{axis}s", *pair) for axis, pair in shape.changes().items()]
     rows += [(name, f"{getattr(shape.before, key):,}", f"{getattr(shape.after, key):,}") for name, key in amounts]
-    return "## Size\n\n" + _table(("", "before", "after"), rows)
+    spread = {axis: sizes for axis, sizes in shape.after.axes.items() if min(sizes) < max(sizes)}
+    told = "; ".join(f"{axis}s {', '.join(map(str, sizes))}" for axis, sizes in spread.items())
+    table = _table(("", "before", "after"), rows)
+    return "\n\n".join(part for part in ("## Size", table, f"Layer by layer: {told}." if told else "") if part)
 
 
 def _coverage(manifest: Manifest) -> str:

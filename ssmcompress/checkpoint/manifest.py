@@ -109,7 +109,7 @@ class ShapeRecord(Record):
     layers: tuple[int, ...]
 
     def changes(self) -> dict[str, tuple[str, str]]:
-        """Each axis that changed, as text before and after: one number where all layers agree."""
+        """Each axis that changed, as text before and after: one number, or the range and mean of layers that differ."""
         pairs = {"layer": (str(self.before.layers), str(self.after.layers))}
         for axis, sizes in self.before.axes.items():
             pairs[axis] = (_span(sizes), _span(self.after.axes[axis]))
@@ -155,7 +155,9 @@ class Manifest(Record):
 
 
 def _span(sizes: tuple[int, ...]) -> str:
-    return str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    if min(sizes) == max(sizes):
+        return str(sizes[0])
+    return f"{min(sizes)} to {max(sizes)} (on average {sum(sizes) / len(sizes):.4g})"
 
 
 def versions() -> dict[str, str]:

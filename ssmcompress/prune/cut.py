@@ -8,10 +8,12 @@ from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch
 from ssmcompress.arch.surgery import LAYER
-from ssmcompress.edits import Edit
+from ssmcompress.edits import Edit, Keep
 from ssmcompress.events import Emit, Note, ignore
 from ssmcompress.prune.depth import find_layers
-from ssmcompress.prune.sizes import Weights, size
+from ssmcompress.prune.ranking import choose
+from ssmcompress.prune.shares import sized
+from ssmcompress.prune.sizes import Weights
 from ssmcompress.prune.units import find_units
 from ssmcompress.steps import Cut
 
@@ -33,9 +35,14 @@ def cut(
     The model is left as it is. What `finished` holds of an earlier run is not searched again, and it is added to.
     Raises UnsupportedError for an axis or a size that cannot be.
     """
-    found = size(arch, step, weights)
+    found = sized(arch, step, weights)
     if found.note:
         emit(Note(found.note))
     if step.axis == LAYER:
         return find_layers(model, arch, step, found.after, windows, seed, emit, finished)
-    return find_units(model, arch, step, found.after, windows, dtypes, seed, emit, finished)
+    finished = {} if finished is None else finished
+    chosen: list[Keep] = []
+    if step.reach == "model":
+        chosen = choose(model, arch, step, found, weights, windows, seed, emit, finished)
+    after = [int(each.keep.sum()) for each in chosen] or found.layers or found.after
+    return find_units(model, arch, step, after, windows, dtypes, seed, emit, finished, chosen)

@@ -35,6 +35,17 @@ def last(B: Tensor, C: Tensor, gain: Tensor) -> Tensor:
     return (B.float().square().sum(-1) * C.float().square().sum(-1)).sum(0) * gain.square().sum(0)
 
 
+def standardised(score: Tensor) -> Tensor:
+    """The z-score of each entry of [n] (FLAP, AL-AM)."""
+    return (score - score.mean()) / score.std().clamp_min(torch.finfo(score.dtype).tiny)
+
+
+def tail_share(score: Tensor) -> Tensor:
+    """s_i over the sum of all s_j ≥ s_i, [n], at most 1, which the highest has (LAST)."""
+    above = torch.where(score >= score[:, None], score, 0).sum(1)
+    return score / above.clamp_min(torch.finfo(score.dtype).tiny)
+
+
 def cosine_distance(before: Tensor, after: Tensor) -> Tensor:
     """1 - cos of each token's vectors [tokens, d] before and after a block, over tokens: a scalar (ShortGPT)."""
     return 1 - cosine_similarity(before.double(), after.double(), dim=-1).mean()

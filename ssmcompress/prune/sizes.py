@@ -1,7 +1,7 @@
 """How many units of an axis stay: a share, a number or a budget, rounded to what kernels and configs can take."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,12 +26,18 @@ WHY = {
 
 @dataclass(frozen=True)
 class Size:
-    """How many units of an axis stay of those there are, and why not exactly as many as asked for."""
+    """How many units of an axis stay of those there are, and why not exactly as many as asked for.
+
+    They are those of every layer alike, unless `layers` says how many each keeps: then of all together. Where `open`,
+    that is for the scores to say, and `layers` are as even as can be.
+    """
 
     axis: str
     before: int
     after: int
     note: str = ""
+    layers: tuple[int, ...] = ()
+    open: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def figures(surgery: Surgery, weights: Weights) -> Figures:
 
 
 def size(arch: Arch, step: Cut, weights: Weights) -> Size:
-    """The size that a step leads to.
+    """The size of every layer that a step leads to.
 
     Raises UnsupportedError for an axis the family does not have, and for a size that cannot be, naming the nearest.
     """
@@ -95,13 +101,7 @@ def size(arch: Arch, step: Cut, weights: Weights) -> Size:
     if step.axis not in known:
         hint = f"Its axes are {', '.join(known)}."
         raise UnsupportedError(f"{arch.model_type} has no axis {step.axis!r}.", hint=hint)
-    _require_form(arch, step)
     before = known[step.axis]
-    if step.axis != LAYER and len(found := {each[step.axis] for each in arch.sizes}) > 1:
-        raise UnsupportedError(
-            f"The layers have {min(found)} to {max(found)} {step.axis}s; one size for all is not chosen among those.",
-            hint="Cut another axis, or start from the model of which units were removed.",
-        )
     sizes = possible(arch, step, before)
     if step.target is not None:
         return Size(step.axis, before, _within(arch, step, sizes, weights))
@@ -113,8 +113,8 @@ def size(arch: Arch, step: Cut, weights: Weights) -> Size:
     free = len(sizes) == before
     if keep > 1 or near == before or wanted < 0.5 or abs(near - wanted) > max(1, APART * before):
         raise _impossible(arch, step, before, wanted, sizes)
-    why = "units are whole" if free else _why(arch, step)
-    return Size(step.axis, before, near, f"{near} of {before} {step.axis}s stay, not {wanted:g}: {why}.")
+    cause = "units are whole" if free else why(arch, step)
+    return Size(step.axis, before, near, f"{near} of {before} {step.axis}s stay, not {wanted:g}: {cause}.")
 
 
 def possible(arch: Arch, step: Cut, before: int) -> list[int]:
@@ -126,12 +126,12 @@ def possible(arch: Arch, step: Cut, before: int) -> list[int]:
         sizes = [each for each in sizes if each % CHANNELS == 0]
     elif not step.any_size and step.axis == "state" and "head" in arch.axes():
         sizes = [each for each in sizes if each.bit_count() == 1]
-    if step.axis != LAYER and _stock(arch, step):
+    if step.axis != LAYER and stock_only(arch, step):
         sizes = [each for each in sizes if _expressible(arch, step.axis, each)]
     return [*sizes, before]
 
 
-def _stock(arch: Arch, step: Cut) -> bool:
+def stock_only(arch: Arch, step: Cut) -> bool:
     """Whether only a config of transformers may say the sizes."""
     return step.stock_only or arch.pruned_config is None
 
@@ -144,13 +144,13 @@ def _expressible(arch: Arch, axis: str, size: int) -> bool:
     return True
 
 
-def _why(arch: Arch, step: Cut) -> str:
+def why(arch: Arch, step: Cut) -> str:
     """What keeps an axis from having any size."""
-    heads = step.axis in ("head", "head_channel") and _stock(arch, step)
+    heads = step.axis in ("head", "head_channel") and stock_only(arch, step)
     return WHY[step.axis] + (", and a stock config has their channels fill whole hidden sizes" if heads else "")
 
 
-def _require_form(arch: Arch, step: Cut) -> None:
+def require_form(arch: Arch, step: Cut) -> None:
     """UnsupportedError for what a family or its format has no form of."""
     if step.axis == "state" and any(arch.rotated):
         hint = "Start from the model as it was, and cut to the number you want."
@@ -167,22 +167,31 @@ def _require_form(arch: Arch, step: Cut) -> None:
         raise UnsupportedError("No config of transformers says what the step would add.", hint=hint)
 
 
-def outline(arch: Arch, step: Cut, after: int) -> list[Edit]:
-    """Edits of the shapes that any choice of units has: they keep the first of every layer, of every group alike."""
+def outline(arch: Arch, step: Cut, after: int | Sequence[int]) -> list[Edit]:
+    """Edits of the shapes that any choice of units has: they keep the first of each layer, of every group alike."""
     if step.axis == LAYER:
         return [Keep(LAYER, None, torch.arange(arch.layers) < after)]
-    found: list[Edit] = []
-    groups = arch.config.n_groups if step.axis == "head" else 1
-    for layer in range(arch.layers):
-        each, places = arch.axes(layer)[step.axis].size // groups, arch.additions(layer)
+    groups, found = groups_of(arch, step.axis), list[Edit]()
+    for layer, size in enumerate(each_layer(arch, after)):
+        sizes, places = arch.sizes[layer], arch.additions(layer)
         news = ROTATION if step.rotates else (BIAS,) if step.correction == "bias" and BIAS in places else ()
         if not step.rotates:
-            found.append(Keep(step.axis, layer, (torch.arange(each) < after // groups).repeat(groups)))
+            units = torch.arange(sizes[step.axis] // groups)
+            found.append(Keep(step.axis, layer, (units < size // groups).repeat(groups)))
         for name in news:
-            sizes = arch.sizes[layer]
-            shape = [after if size is None else size if isinstance(size, int) else sizes[size] for size in places[name]]
+            shape = [size if dim is None else dim if isinstance(dim, int) else sizes[dim] for dim in places[name]]
             found.append(Add(arch.prefix(layer) + name, torch.empty(shape, device="meta")))
     return found
+
+
+def each_layer(arch: Arch, after: int | Sequence[int]) -> list[int]:
+    """The size of each layer, where one number stands for all."""
+    return [after] * arch.layers if isinstance(after, int) else list(after)
+
+
+def groups_of(arch: Arch, axis: str) -> int:
+    """How many groups of a block's units keep as many each."""
+    return arch.config.n_groups if axis == "head" else 1
 
 
 def best(score: Tensor, after: int, groups: int = 1) -> Tensor:
@@ -216,7 +225,7 @@ def _impossible(arch: Arch, step: Cut, before: int, wanted: float, sizes: list[i
     above = min((each for each in sizes if each > wanted), default=sizes[-1])
     near = " or ".join(f"{each} (--keep {each / before:.4g})" for each in sorted({below, above}))
     outside = wanted > before or wanted < 1
-    reason = f"there are {before}" if wanted > before else "at least one must" if wanted < 1 else _why(arch, step)
+    reason = f"there are {before}" if wanted > before else "at least one must" if wanted < 1 else why(arch, step)
     forced = "" if outside or step.axis == "head" else " Or say --any-size."
     return UnsupportedError(
         f"{wanted:g} of {before} {step.axis}s cannot stay: {reason}.", hint=f"The nearest possible: {near}.{forced}"

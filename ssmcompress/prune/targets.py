@@ -97,7 +97,7 @@ def written_out(arch: Arch, recipe: Recipe) -> Recipe:
 
 def _written_out(arch: Arch, step: Step) -> Step:
     if isinstance(step, Cut):
-        return step.model_copy(update={"method": step.criterion, "correct": step.correction})
+        return step.model_copy(update={"method": step.criterion, "correct": step.correction, "scope": step.reach})
     if step.pattern or step.grouped or isinstance(step.scope, str):
         return step
     scopes = {name: target.scope for name, target in targets(arch, step).items()} | (step.scope or {})

@@ -20,7 +20,7 @@ from ssmcompress.events import Advance, Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import masks, scores
 from ssmcompress.prune.correct import compensated, refitted, rescaled
 from ssmcompress.prune.rotate import bases
-from ssmcompress.prune.sizes import best, outline
+from ssmcompress.prune.sizes import best, each_layer, groups_of, outline
 from ssmcompress.steps import Cut
 
 Fisher = Mapping[str, Tensor]
@@ -40,24 +40,26 @@ def find_units(
     model: PreTrainedModel,
     arch: Arch,
     step: Cut,
-    after: int,
+    after: int | Sequence[int],
     windows: Tensor | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
     seed: int = 0,
     emit: Emit = ignore,
     finished: MutableMapping[int, list[Edit]] | None = None,
+    chosen: Sequence[Keep] = (),
 ) -> list[Edit]:
-    """The units of a block's axis that stay, `after` in every layer, and the new values that make up for the others.
+    """The units of a block's axis that stay, and the new values that make up for the others.
 
+    `after` stay in every layer, or of each its own number; where they are `chosen` already, those, one edit a layer.
     The model is left as it is; each block takes in what the cut blocks before it make of windows [n, L] of token ids,
     where the step needs them. Layers in `finished` keep what was found there; the others are added to it. New values
     are rounded to the dtype that the checkpoint stores.
     """
     fisher = {}
-    if step.criterion == "taylor" and windows is not None:
+    if step.criterion == "taylor" and windows is not None and not chosen:
         fisher = squared_gradients(model, windows, arch.axes()[step.axis], emit)
-    emit(Phase(f"choosing {step.axis}s by {step.criterion}", arch.layers))
-    cutter = _Cutter(model, arch, step, after, dtypes or {}, fisher, seed, {} if finished is None else finished)
+    emit(Phase(f"removing {step.axis}s" if chosen else f"choosing {step.axis}s by {step.criterion}", arch.layers))
+    cutter = _Cutter(model, arch, step, after, dtypes or {}, fisher, seed, {} if finished is None else finished, chosen)
     if step.calibrated and windows is not None:
         Walk(cutter.taps, cutter.block, known=tuple(cutter.finished)).run(model, arch, windows, emit)
         return cutter.found
@@ -76,18 +78,21 @@ class _Cutter:
         model: PreTrainedModel,
         arch: Arch,
         step: Cut,
-        after: int,
+        after: int | Sequence[int],
         dtypes: Mapping[str, torch.dtype],
         fisher: Fisher,
         seed: int,
         finished: MutableMapping[int, list[Edit]],
+        chosen: Sequence[Keep] = (),
     ) -> None:
-        self.arch, self.step, self.after, self.axis = arch, step, after, arch.axes()[step.axis]
+        self.arch, self.step, self.after, self.chosen = arch, step, each_layer(arch, after), chosen
+        self.axes = [arch.axes(layer)[step.axis] for layer in range(arch.layers)]
         self.dtypes, self.fisher, self.seed, self.finished = dtypes, fisher, seed, finished
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.small = Surgery(arch, outline(arch, step, after)).arch.build("meta")
         use_backend(self.small, next(mixers(model)).backend)
-        self.taps = TAPS.get(step.criterion, {}) | ({"norm": SquaredSum} if step.correction == "rescale" else {})
+        self.taps = {} if chosen else dict(TAPS.get(step.criterion, {}))
+        self.taps |= {"norm": SquaredSum} if step.correction == "rescale" else {}
         self.found: list[Edit] = []
 
     def block(
@@ -97,16 +102,16 @@ class _Cutter:
         if layer not in self.finished:
             self.finished[layer] = self._choose(layer, block, statistics, hidden)
         self.found += self.finished[layer]
-        return self._cut(layer, block, self.finished[layer]), self.after / self.axis.size
+        return self._cut(layer, block, self.finished[layer]), self.after[layer] / self.axes[layer].size
 
     def _choose(
         self, layer: int, block: nn.Module, statistics: Mapping[str, Any], hidden: Sequence[Tensor]
     ) -> list[Edit]:
-        made = self._fewer(layer, block, statistics)
+        made: list[Edit] = [self.chosen[layer]] if self.chosen else self._fewer(layer, block, statistics)
         if self.step.correction == "rescale":
             keep = cast(Keep, made[0])
             norm, name = cast(Any, block).mixer.norm, "mixer.norm.weight"
-            gone = removed(self.axis, keep.keep, name)[0]
+            gone = removed(self.axes[layer], keep.keep, name)[0]
             alive = torch.ones(len(norm.weight), dtype=torch.bool).index_fill(0, gone, False)
             made.append(self._replace(layer, name, rescaled(norm, alive, statistics["norm"].norm.square().cpu())))
         elif self.step.correction == "refit":
@@ -124,12 +129,12 @@ class _Cutter:
 
     def _fewer(self, layer: int, block: nn.Module, statistics: Mapping[str, Any]) -> list[Edit]:
         """The units that stay, or the bases that take all of them to so few."""
+        axis, after = self.axes[layer], self.after[layer]
         if self.step.rotates:
             held, read = statistics["scan"].total / statistics["scan"].count
-            return [self._add(layer, *each) for each in zip(ROTATION, bases(held, read, self.after), strict=True)]
-        scorer = Scorer(self.arch, self.axis, layer, block, statistics, self.fisher, self.seed, self.after)
-        groups = self.arch.config.n_groups if self.step.axis == "head" else 1
-        return [Keep(self.step.axis, layer, best(scorer.score(self.step.criterion), self.after, groups))]
+            return [self._add(layer, *each) for each in zip(ROTATION, bases(held, read, after), strict=True)]
+        scorer = Scorer(self.arch, axis, layer, block, statistics, self.fisher, self.seed, after)
+        return [Keep(axis.name, layer, best(scorer.score(self.step.criterion), after, groups_of(self.arch, axis.name)))]
 
     def _add(self, layer: int, name: str, values: Tensor) -> Add:
         return Add(self.arch.prefix(layer) + name, values.cpu())
@@ -192,6 +197,23 @@ class Scorer:
         """The score of every unit, [units] float32: higher matters more."""
         return getattr(self, f"_{method}")()
 
+    def comparable(self, method: str) -> Tensor:
+        """The score of every unit, [units] float32, on a scale that layers share; their order is that of `score`.
+
+        For flap the mean of its inputs' z-scores (FLAP, AL-AM), for last the share of the states that count at least as
+        much (LAST). Taylor's are nats, votes of SparseSSM are tokens and random draws have one law, in every
+        layer alike; other scores are divided by the layer's sum.
+        """
+        if method == "flap":
+            values = scores.standardised(self._fluctuation())
+            return self._inputs("out_proj", values) * (self.axis.size / len(values))
+        found = self.score(method)
+        if method == "last":
+            return scores.tail_share(found)
+        if method in ("taylor", "sparsessm", "random"):
+            return found
+        return found / found.sum().clamp_min(torch.finfo(found.dtype).tiny)
+
     def _magnitude(self) -> Tensor:
         names = {f"mixer.{module}.weight" for module in self.arch.prunable}
         return self._owned({name: scores.magnitude(self._tensor(name)).square() for name in names})
@@ -208,8 +230,10 @@ class Scorer:
         return self._inputs("conv1d", self.statistics["conv1d"].norm.square()).sqrt()
 
     def _flap(self) -> Tensor:
-        weight = self._tensor("mixer.out_proj.weight")
-        return self._inputs("out_proj", scores.flap(weight, self.statistics["out_proj"].variance))
+        return self._inputs("out_proj", self._fluctuation())
+
+    def _fluctuation(self) -> Tensor:
+        return scores.flap(self._tensor("mixer.out_proj.weight"), self.statistics["out_proj"].variance)
 
     def _wanda(self) -> Tensor:
         weight = self._tensor("mixer.dt_proj.weight")

@@ -121,9 +121,10 @@ def _zeroes(step: Prune, what: str) -> str:
 
 
 def _amount(step: Cut) -> str:
-    if step.target is not None:
-        return f"as many as {step.target} allows"
-    return f"{step.keep:.0%}" if step.keep is not None and step.keep <= 1 else f"{step.keep:g}"
+    keep = step.keep or 0
+    share = f"{keep:.0%}" if keep <= 1 else f"{keep:g}"
+    told = share if step.target is None else f"as many as {step.target} allows"
+    return f"{told} over the whole model" if step.reach == "model" else told
 
 
 def _method(step: Prune) -> str:

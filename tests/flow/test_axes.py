@@ -164,6 +164,20 @@ def test_a_run_that_was_stopped_goes_on(run, models, text, tmp_path, monkeypatch
         (("mamba", "--axis", "state", "--keep", 0.5, "--correct", "rescale"), 2, ("the axis state has none",)),
         (("mamba", "--axis", "layer", "--keep", 0.5, "--correct", "refit"), 2, ("the axis layer leaves none",)),
         (("mamba", "--axis", "sate", "--keep", 0.5), 2, ("Did you mean 'state'?",)),
+        (("mamba", "--axis", "state", "--keep", 0.5, "--scope", "row"), 2, ("--scope", "'layer' or 'model'")),
+        (("mamba", "--scope", "model"), 2, ("--scope", "row or tensor")),
+        (("mamba", "--axis", "layer", "--keep", 0.5, "--scope", "model"), 2, ("scope has no meaning",)),
+        (
+            ("mamba", "--axis", "state", "--keep", 1.5, "--scope", "model"),
+            3,
+            ("every layer keeps some", "2 (--keep 0.1"),
+        ),
+        (("mamba", "--axis", "state", "--keep", 0.5, "--scope", "model", "--stock-only"), 3, ("no config of transf",)),
+        (
+            ("falcon_mamba", "--axis", "state", "--keep", 0.5, "--scope", "model"),
+            3,
+            ("none of its own for falcon_mam",),
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_plan_and_by_prune(run, models, tmp_path, arguments, code, words):
@@ -189,6 +203,7 @@ def test_units_may_go_by_a_recipe_with_overrides(run, models, small, tmp_path):
             "keep": 2.0,
             "target": None,
             "correct": "none",
+            "scope": "layer",
             "any_size": False,
             "stock_only": False,
         }

@@ -14,7 +14,7 @@ from ssmcompress import cli, options
 from ssmcompress.errors import BackendError, GateError, InputError, UnsupportedError
 from ssmcompress.events import Note, Table
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
-from ssmcompress.steps import METHODS, Cut, Prune
+from ssmcompress.steps import METHODS, Cut, Prune, Scope
 
 VERBS = {
     *("prune", "plan", "apply", "eval", "generate", "compare"),
@@ -197,6 +197,8 @@ def test_choices_are_those_of_the_recipe():
     }
     assert set(get_args(options.Method)) == methods
     assert get_args(options.AxisName) == get_args(Cut.model_fields["axis"].annotation) == tuple(METHODS)
+    scopes = {*get_args(Scope), *get_args(get_args(Cut.model_fields["scope"].annotation)[0])}
+    assert set(get_args(get_args(get_args(options.Scope)[0])[0])) == scopes
     assert set(get_args(options.Backend)) == set(get_args(Recipe.model_fields["backend"].annotation))
 
 

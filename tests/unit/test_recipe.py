@@ -69,6 +69,9 @@ def test_the_hash_follows_what_is_said():
     assert made.sha256() == pruning("m", {"sparsity": 0.5, "seed": 0}).sha256()
     assert len({pruning("m", {"seed": seed}).sha256() for seed in range(3)} | {made.sha256()}) == 3
     assert made.sha256() != pruning("n", {}).sha256()
+    half = {"axis": "state", "keep": 0.5}
+    told = "176a"  # a recipe of an earlier version, which knew no scope of units
+    assert pruning("m", half).sha256().startswith(told) and pruning("m", half | {"scope": "layer"}).sha256()[:4] == told
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, 1.5, float("nan"), "half"])
@@ -124,6 +127,12 @@ def test_every_mistake_is_told_at_once():
         ({"seed": -1}, "--seed: "),
         ({"include": (5,)}, "--include: "),
         ({"modules": {"in_proj": 2}}, "modules.in_proj: "),
+        ({"scope": "tensr"}, "--scope: must be row or tensor where weights become zero, did you mean 'tensor'?"),
+        (
+            {"axis": "state", "keep": 1, "scope": "modl"},
+            "--scope: Input should be 'layer' or 'model', found 'modl', did",
+        ),
+        ({"axis": "layer", "keep": 1, "scope": "model"}, "scope has no meaning with the axis layer"),
         ({"pattern": "2:4", "sparsity": 0.5}, "pattern 2:4 and sparsity 0.5"),
     ],
 )

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from ssmcompress.checkpoint import card, manifest
 from ssmcompress.checkpoint.card import Measure
-from ssmcompress.checkpoint.manifest import CalibrationRecord, SourceRecord, TensorRecord
+from ssmcompress.checkpoint.manifest import CalibrationRecord, ShapeRecord, SizeRecord, SourceRecord, TensorRecord
 from ssmcompress.checkpoint.source import Source, load
 from ssmcompress.checkpoint.verify import Verification
 from ssmcompress.errors import InputError
@@ -143,3 +143,29 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
         "transformers",
         "python",
     }
+
+
+def test_kinds_of_which_layers_differ_take_one_line() -> None:
+    cuts = [("0", 8, 24), ("1", 8, 16), ("2", 4, 16)]
+    tensors = [
+        TensorRecord(name=f"backbone.layers.{i}.mixer.D", shape=(to,), status="cut", reason=f"from {of} to {to}")
+        for i, to, of in cuts
+    ]
+    tensors.append(TensorRecord(name="backbone.layers.3.mixer.D", shape=(16,), status="kept", reason="on purpose"))
+    assert card.coverage(tensors) == [
+        ("mixer.D", "3", "cut: from 16–24 to 4–8", "100.0%"),
+        ("mixer.D", "1", "kept: on purpose", "100.0%"),
+    ]
+
+
+def test_sizes_of_layers_that_differ_are_told_as_a_range_and_layer_by_layer(tmp_path: Path) -> None:
+    save("mamba", tmp_path, tokenizer=True)
+    sizes = {"params": 9, "weight_bytes": 18, "state_bytes": 7}
+    before = SizeRecord(**sizes, axes={"state": (16, 16), "channel": (8, 4)})
+    after = SizeRecord(**sizes, axes={"state": (4, 11), "channel": (8, 4)})
+    shape = ShapeRecord(before=before, after=after, layers=(0, 1))
+    assert shape.changes() == {"state": ("16", "4 to 11 (on average 7.5)")}
+    card.write(tmp_path, title="a", summary="b", manifest=written(tmp_path, shape=shape))
+    told = (tmp_path / "README.md").read_text()
+    assert "| states | 16 | 4 to 11 (on average 7.5) |" in told
+    assert "Layer by layer: states 4, 11; channels 8, 4." in told

@@ -11,7 +11,7 @@ from ssmcompress.calib.taps import observe
 from ssmcompress.edits import Add
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.prune.rotate import bases
-from ssmcompress.prune.sizes import size
+from ssmcompress.prune.shares import sized
 from ssmcompress.prune.units import find_units
 from ssmcompress.steps import Cut
 from tests.unit.arch import models
@@ -110,4 +110,4 @@ def test_fewer_states_lose_less_than_coordinates_do(name):
 )
 def test_what_has_no_form_is_refused(name, step, message):
     with pytest.raises(UnsupportedError, match=message):
-        size(arch_for(ALL[name]), Cut(**{"axis": "state", "method": "rotate", "keep": 0.5} | step), weights(name))
+        sized(arch_for(ALL[name]), Cut(**{"axis": "state", "method": "rotate", "keep": 0.5} | step), weights(name))

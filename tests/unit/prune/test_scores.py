@@ -1,9 +1,10 @@
 """Scores against their definitions, entry by entry."""
 
+import pytest
 import torch
 
 from ssmcompress.prune.masks import lowest
-from ssmcompress.prune.scores import fading, magnitude, votes, wanda
+from ssmcompress.prune.scores import fading, magnitude, standardised, tail_share, votes, wanda
 
 
 def test_magnitude_is_the_absolute_value_in_float32():
@@ -40,3 +41,10 @@ def test_early_tokens_weigh_more_where_energies_fade():
     energy = torch.tensor([[0.0, 0.0], [2.0, 1.0], [0.0, 3.0]])
     decay = torch.tensor([[9.0, 9.0], [0.5, 1.0], [1.0, 2.0]])
     assert fading(energy, decay).tolist() == [2 * 0.25 / 2, 1 / 2 + 3 * 4 / 3]
+
+
+def test_scores_of_a_layer_become_comparable():
+    score = torch.tensor([1.0, 4.0, 4.0, 0.0])
+    assert torch.allclose(standardised(score).std(), torch.tensor(1.0)) and standardised(score).mean().abs() < 1e-6
+    assert tail_share(score).tolist() == pytest.approx([1 / 9, 0.5, 0.5, 0.0])
+    assert standardised(torch.ones(3)).tolist() == tail_share(torch.zeros(3)).tolist() == [0, 0, 0]

@@ -107,9 +107,14 @@ def test_the_best_of_every_group_stay_and_of_equals_the_first():
     assert best(torch.zeros(4), 2).tolist() == [True, True, False, False]
 
 
-def test_an_axis_on_which_layers_differ_is_refused():
-    with pytest.raises(UnsupportedError, match="The layers have 3 to 5 states"):
-        found("pruned-mamba", axis="state", keep=0.5)
+def test_a_model_of_our_own_config_takes_sizes_that_no_stock_one_says():
     arch = arch_for(ALL["pruned-mamba2"])
     even = arch_for(arch.resized([sizes | {"state": 8} for sizes in arch.sizes]))
     assert not even.stock and possible(even, Cut(axis="state", keep=1), 8) == [1, 2, 4, 8]
+
+
+def test_each_layer_may_keep_its_own_number():
+    arch = arch_for(ALL["pruned-mamba2-grouped"])
+    kept = [edit.keep.tolist() for edit in outline(arch, Cut(axis="head", keep=1), [2, 2])]
+    assert kept == [[True, False, True, False], [True, True]]
+    assert [int(edit.keep.sum()) for edit in outline(arch, Cut(axis="state", keep=1), [5, 3])] == [5, 3]

@@ -30,6 +30,17 @@ from ssmcompress.report.measures import Change, Figure
             "sets 50% of in_proj to zero; scores compete within each tensor. Magnitude makes 50% of the entries",
         ),
         ({"modules": {"out_proj": 0.3}}, "WANDA 50% and ratios by module", "(out_proj 30%)"),
+        ({"axis": "head", "keep": 0.5}, "heads by taylor, 50%", "Of the heads, 50% stay"),
+        (
+            {"axis": "state", "keep": 12, "scope": "model"},
+            "states by ghost, 12 over the whole model",
+            "12 over the whole",
+        ),
+        (
+            {"axis": "state", "target": "state=50%"},
+            "states by ghost, as many as state=50% allows",
+            "state=50% allows stay",
+        ),
     ],
 )
 def test_a_step_in_words(step, brief, part):

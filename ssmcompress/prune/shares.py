@@ -1,0 +1,137 @@
+"""How many units each layer keeps where layers may differ: of one budget for the whole model, or of its own."""
+
+from collections.abc import Container, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ssmcompress.arch.base import Arch
+from ssmcompress.arch.surgery import Surgery
+from ssmcompress.errors import UnsupportedError
+from ssmcompress.prune.allocation import allocate
+from ssmcompress.prune.sizes import (
+    APART,
+    Size,
+    Weights,
+    figures,
+    groups_of,
+    outline,
+    possible,
+    require_form,
+    size,
+    stock_only,
+    why,
+)
+from ssmcompress.steps import Cut, budget
+
+
+def sized(arch: Arch, step: Cut, weights: Weights, apart: Container[str] = ()) -> Size:
+    """The size that a step leads to, be it that of every layer or not.
+
+    On the axes `apart` layers will differ, though nothing says yet how. Raises UnsupportedError for an axis the family
+    does not have, and for a size that cannot be, naming the nearest.
+    """
+    require_form(arch, step)
+    if step.axis in arch.axes() and step.reach == "model":
+        return _of_model(arch, step, weights)
+    if step.axis in arch.axes() and (step.axis in apart or len({each[step.axis] for each in arch.sizes}) > 1):
+        return _of_each(arch, step)
+    return size(arch, step, weights)
+
+
+def shared_out(arch: Arch, step: Cut, weights: Weights, scores: Sequence[Tensor] | None = None) -> list[int]:
+    """The size of each layer where units compete by scores, [units] a layer; without any, sizes as even as can be.
+
+    Raises UnsupportedError where even the least sizes are beyond the budget.
+    """
+    before, sizes = _before(arch, step), _possible(arch, step)
+    if scores is None:
+        scores = [-torch.arange(units) / units for units in before]
+    share = partial(allocate, scores, sizes, groups=groups_of(arch, step.axis))
+    least = [each[0] for each in sizes]
+    if step.target is None:
+        wanted = _wanted(step, sum(before))
+        if not sum(least) <= wanted <= sum(before):
+            few = wanted < sum(least)
+            reason = "every layer keeps some" if few else f"there are {sum(before)}"
+            raise _impossible(step, sum(before), wanted, reason, sum(least if few else before))
+        return share(wanted)
+    kind, bound, relative = budget(step.target)
+
+    def amount(after: list[int]) -> int:
+        return figures(Surgery(arch, outline(arch, step, after)), weights).of(kind)
+
+    whole, smallest = amount(before), amount(least)
+    if smallest > (most := bound * whole if relative else bound):
+        raise UnsupportedError(
+            f"{step.target} is out of reach of the axis {step.axis}: {least[0]} a layer leave {smallest:,}.",
+            hint=f"The least is {kind}={-(-smallest * 100 // whole)}%.",
+        )
+    return share(most, amount=amount)
+
+
+def _of_model(arch: Arch, step: Cut, weights: Weights) -> Size:
+    """The size of all layers together, whose units compete."""
+    if stock_only(arch, step):
+        reason = "" if step.stock_only else f", and ssmcompress has none of its own for {arch.model_type}"
+        raise UnsupportedError(
+            f"Over the whole model, layers keep different numbers of {step.axis}s: no config of transformers says"
+            f" that{reason}.",
+            hint="Leave out --stock-only, or --scope model." if step.stock_only else "Leave out --scope model.",
+        )
+    whole, layers = sum(_before(arch, step)), shared_out(arch, step, weights)
+    after, note = sum(layers), ""
+    if step.target is None and after != (wanted := _wanted(step, whole)):
+        if (step.keep or 0) > 1 or wanted - after > max(1, APART * whole):
+            raise _impossible(step, whole, wanted, _why(arch, step), after)
+        note = f"{after} of {whole} {step.axis}s stay, not {wanted:g}: {_why(arch, step)}."
+    least = sum(each[0] for each in _possible(arch, step))
+    return Size(step.axis, whole, after, note, tuple(layers), open=arch.layers > 1 and least < after < whole)
+
+
+def _of_each(arch: Arch, step: Cut) -> Size:
+    """The same share of every layer, of layers that differ, to the nearest size that each can have."""
+    before, keep = _before(arch, step), step.keep or 0.0
+    if step.target is not None or keep > 1:
+        spread = f"{min(before)} to {max(before)}" if min(before) < max(before) else "different numbers of"
+        raise UnsupportedError(
+            f"The layers have {spread} {step.axis}s; one size for all is not chosen among those.",
+            hint="Say a share of each (--keep 0.5), or --scope model.",
+        )
+    layers = [
+        min(sizes, key=lambda each: (abs(each - keep * units), each))
+        for units, sizes in zip(before, _possible(arch, step), strict=True)
+    ]
+    whole, after = sum(before), sum(layers)
+    wanted = keep * whole
+    if not keep or (keep < 1 and after == whole) or abs(after - wanted) > max(1, APART * whole):
+        raise _impossible(step, whole, wanted, _why(arch, step) if keep else "every layer keeps some", after)
+    note = "" if after == wanted else f"{after} of {whole} {step.axis}s stay, not {wanted:g}: {_why(arch, step)}."
+    return Size(step.axis, whole, after, note, tuple(layers))
+
+
+def _before(arch: Arch, step: Cut) -> list[int]:
+    return [each[step.axis] for each in arch.sizes]
+
+
+def _possible(arch: Arch, step: Cut) -> list[list[int]]:
+    return [possible(arch, step, units) for units in _before(arch, step)]
+
+
+def _wanted(step: Cut, whole: int) -> float:
+    """How many units of the whole model are to stay."""
+    keep = step.keep or 0.0
+    return round(keep * whole, 9) if keep <= 1 else keep
+
+
+def _why(arch: Arch, step: Cut) -> str:
+    free = all(len(sizes) == sizes[-1] for sizes in _possible(arch, step))
+    return "units are whole" if free else why(arch, step)
+
+
+def _impossible(step: Cut, whole: int, wanted: float, reason: str, near: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"{wanted:g} of the {whole} {step.axis}s of all layers cannot stay: {reason}.",
+        hint=f"Possible: {near} (--keep {near / whole:.4g}).",
+    )
