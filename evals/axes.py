@@ -32,8 +32,8 @@ from ssmcompress.steps import METHODS, Cut
 HERE = Path(__file__).parent
 KEPT = HERE / "results"
 MODELS = {
-    "mamba": ("state", "channel", "dt_rank", "layer"),
-    "mamba2": ("state", "head", "head_channel", "layer"),
+    "mamba": ("state", "channel", "dt_rank", "ssm", "layer"),
+    "mamba2": ("state", "head", "head_channel", "ssm", "layer"),
 }
 COLUMNS = ("axis", "keep", "score", "correction", "novel", "pages, against dense", "copy 20", "4 pairs")
 
@@ -64,7 +64,7 @@ def cases(model: str) -> Iterator[Cut]:
         for keep in (0.75, 0.5):
             for method in METHODS[axis]:
                 corrections = ["none"]
-                if keep == 0.5 and axis not in ("layer", "dt_rank"):
+                if keep == 0.5 and axis not in ("ssm", "layer", "dt_rank"):
                     corrections += ["refit"]
                 if keep == 0.5 and axis in ("head", "head_channel") and method in ("minitron", "flap"):
                     corrections += ["rescale"]

@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from ssmcompress import reference
 from ssmcompress.arch.registry import FAMILIES, arch_for
-from ssmcompress.arch.surgery import LAYER
+from ssmcompress.arch.surgery import LAYER, SSM
 from ssmcompress.events import Emit, Table, ignore
 
 
@@ -36,4 +36,5 @@ def _family(model_type: str) -> Family:
     arch = arch_for(AutoConfig.for_model(model_type))
     axes = arch.axes()
     stock = tuple(name for name, axis in axes.items() if axis.config_key)
-    return Family(model_type, arch.prunable, (*axes, LAYER), (*stock, LAYER), arch.hookless)
+    own = () if arch.pruned_config is None else (SSM,)
+    return Family(model_type, arch.prunable, (*axes, *own, LAYER), (*stock, LAYER), arch.hookless)

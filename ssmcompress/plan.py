@@ -20,7 +20,7 @@ from ssmcompress.edits import Edit, Mask
 from ssmcompress.errors import InputError, RecipeError, ResourceError, UnsupportedError
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
-from ssmcompress.prune.sizes import Figures, Size, Weights, figures, first, size, weigh
+from ssmcompress.prune.sizes import Figures, Size, Weights, alike, figures, first, size, weigh
 from ssmcompress.prune.targets import Target, formless, targets
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import read, shipped
@@ -66,6 +66,8 @@ def plan(
         ),
     )
     _tell(found, emit)
+    if not expected.exact:
+        emit(Note("The blocks differ in size: it depends on those that are chosen how much is left.", "warning"))
     return found
 
 
@@ -77,6 +79,7 @@ class Forecast:
     kept: dict[str, float]
     sizes: tuple[Size, ...]
     anew: frozenset[str] = frozenset()  # tensors whose new values fill zeros that were there
+    exact: bool = True  # whether all choices of units leave the same sizes: not so of blocks that differ
 
     def zeros(self, shapes: Mapping[str, torch.Size], before: Mapping[str, int]) -> dict[str, int]:
         """The zeros of every tensor, by new name, at least: those there, which masks may choose again, or theirs."""
@@ -97,11 +100,13 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
     kept: dict[str, float] = {}
     sizes: list[Size] = []
     anew: set[str] = set()
+    exact = True
     for step in steps:
         surgery = Surgery(arch, units)
         left, names = weights.after(surgery), surgery.names(weights.shapes)
         if isinstance(step, Cut):
             sizes.append(size(surgery.arch, step, left))
+            exact &= alike(surgery.arch, step.axis)
             cut = first(surgery.arch, step.axis, sizes[-1].after)
             units = editing.compose(units, [surgery.lift(edit, weights.shapes) for edit in cut])
             continue
@@ -114,7 +119,7 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
     if any(isinstance(step, Cut) and step.stock_only for step in steps) and not surgery.arch.stock:
         hint = "Without --stock-only the output brings a modeling file that says them."
         raise UnsupportedError("No config of transformers says the sizes that would be left.", hint=hint)
-    return Forecast(surgery, kept, tuple(sizes), frozenset(anew))
+    return Forecast(surgery, kept, tuple(sizes), frozenset(anew), exact)
 
 
 def _recipe(model: str | Recipe, overrides: Sequence[str], options: PruneOptions) -> Recipe:
@@ -146,7 +151,7 @@ def names_of(arch: Arch, module: str) -> list[str]:
     """The tensor names of one kind of module."""
     if module in arch.outer:
         return [arch.outer_weight(module)]
-    return [arch.weight(layer, module) for layer in range(arch.layers)]
+    return [arch.weight(layer, module) for layer in range(arch.layers) if module in arch.modules(layer)]
 
 
 def expected_kept(shape: torch.Size, module: str, target: Target, method: str) -> float:

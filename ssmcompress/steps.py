@@ -16,6 +16,7 @@ METHODS = {  # of each axis, the usual one first
     "dt_rank": ("wanda", "taylor", "magnitude", "random"),
     "head": UNITS,
     "head_channel": UNITS,
+    "ssm": ("shedder", "similarity", "random"),
     "layer": ("shedder", "similarity", "random"),
 }
 REFITTED = ("channel", "head", "head_channel")
@@ -96,7 +97,7 @@ class Prune(Strict):
 
 
 class Cut(Strict):
-    """Removes units of an axis from every layer, or whole layers: those of which the method makes least.
+    """Removes units of an axis from every layer, or scans, or whole layers: those of which the method makes least.
 
     `keep` is the share that stays (up to 1) or their number (above 1); `target` a budget: params=75%, state=50% or
     memory=500MB, of the whole model. `correct` makes up for what went: refit solves each out_proj for the dense block's
@@ -105,7 +106,7 @@ class Cut(Strict):
     """
 
     step: Literal["prune"] = "prune"
-    axis: Literal["state", "channel", "dt_rank", "head", "head_channel", "layer"]
+    axis: Literal["state", "channel", "dt_rank", "head", "head_channel", "ssm", "layer"]
     method: str | None = None
     keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     target: str | None = None
@@ -126,8 +127,10 @@ class Cut(Strict):
             raise ValueError(f"an axis needs either keep or target, to say how many units of {self.axis} stay")
         if self.correct == "rescale" and self.axis not in ("head", "head_channel"):
             raise ValueError(f"rescale corrects the norm that heads share; the axis {self.axis} has none")
-        if self.correct == "refit" and self.axis == "layer":
-            raise ValueError("refit needs a block whose output projection stays; the axis layer leaves none")
+        if self.correct == "refit" and self.axis in ("ssm", "layer"):
+            raise ValueError(
+                f"refit corrects blocks of which units go one by one; the axis {self.axis} has no form of it"
+            )
         if self.method not in (None, *METHODS[self.axis]):
             near = get_close_matches(str(self.method), METHODS[self.axis], n=1)
             known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS[self.axis])}"

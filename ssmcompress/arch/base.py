@@ -62,6 +62,8 @@ class Arch(ABC):
     outer: tuple[str, ...] = ("embeddings", "lm_head")  # outside the blocks: pruned only when asked for by name
     hookless: tuple[str, ...]  # weights a forward hook on their module never sees, or that have no module
     fixed: tuple[str, ...]  # weights kept on purpose: a few values a channel or head that set the dynamics
+    scan_axes: tuple[str, ...]  # those whose units are the scan's: without it there are none
+    scan_only: tuple[str, ...]  # tensors of a block that serve its scan and nothing else
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
@@ -89,6 +91,19 @@ class Arch(ABC):
     @abstractmethod
     def axes(self, layer: int = 0) -> dict[str, Axis]:
         """The axes of one block, by name."""
+
+    def has_scan(self, layer: int) -> bool:
+        """Whether a block has a scan: states."""
+        return self.sizes[layer]["state"] > 0
+
+    def scan_rows(self, layer: int) -> tuple[Slice, ...]:
+        """What a block's scan owns of the tensors that it shares, all of it at unit 0; `scan_only` goes whole."""
+        return ()
+
+    def modules(self, layer: int) -> tuple[str, ...]:
+        """The prunable modules that a block has."""
+        gone = () if self.has_scan(layer) else self.scan_only
+        return tuple(name for name in self.prunable if f"mixer.{name}.weight" not in gone)
 
     @abstractmethod
     def state_bytes(self) -> int:
@@ -134,6 +149,8 @@ class Arch(ABC):
     def _shared(self, sizes: Sequence[Mapping[str, int]]) -> dict[str, int]:
         """What a stock config says of these sizes; UnsupportedError where layers differ."""
         first = dict(sizes[0])
+        if not all(block["state"] for block in sizes):
+            raise UnsupportedError(f"A stock {self.stock_config.model_type} config has a scan in every block.")
         for layer, other in enumerate(sizes):
             for name, size in other.items():
                 if size != first[name]:
@@ -309,10 +326,10 @@ def hold(dt: Tensor, mask: Tensor | None) -> Tensor:
     return silence(dt, mask, PAD)
 
 
-def adopt(blocks: nn.ModuleList, mixer: type[Mixer]) -> None:
-    """Gives every block's mixer our forward: the same parameters under the same names."""
+def adopt(blocks: nn.ModuleList, *kinds: type[Mixer]) -> None:
+    """Gives every block's mixer our forward, of the kind that it is of: the same parameters under the same names."""
     for block in blocks:
-        block.mixer.__class__ = mixer
+        block.mixer.__class__ = next(kind for kind in kinds if issubclass(kind, type(block.mixer)))
 
 
 def fill_buffers(model: nn.Module, device: str | torch.device) -> None:

@@ -90,6 +90,8 @@ class Mamba2(Arch):
     prunable = ("in_proj", "conv1d", "out_proj")
     hookless = ("conv1d", "A_log", "D", "dt_bias")
     fixed = ("A_log", "D", "dt_bias", "embeddings", "lm_head")
+    scan_axes = PrunedMamba2Config.scan_axes
+    scan_only = ("mixer.dt_bias", "mixer.A_log")
 
     def axes(self, layer: int = 0) -> dict[str, Axis]:
         """Head, head_channel (the same index in every head) and state (the same index in every group, for B and C)."""
@@ -115,11 +117,22 @@ class Mamba2(Arch):
         for start in (inner, inner + groups * size):  # B, then C; in_proj has z before them
             where = {"period": size, "repeats": groups}
             states += self.rows("in_proj", offset=inner + start, **where) + self.rows("conv1d", offset=start, **where)
+        if not size:
+            per_head, states = (Slice("mixer.D", 0),), ()
         return {
             "head": Axis("head", heads, inner_units(width=width) + per_head, None),
             "head_channel": Axis("head_channel", width, inner_units(period=width, repeats=heads), None),
             "state": Axis("state", size, states, "state_size"),
         }
+
+    def scan_rows(self, layer: int) -> tuple[Slice, ...]:
+        """B, C and dt in in_proj, behind z and x; B and C in the convolution."""
+        heads, width, size = (self.sizes[layer][axis] for axis in ("head", "head_channel", "state"))
+        inner, shared = heads * width, 2 * self.config.n_groups * size
+        return (
+            *self.rows("in_proj", offset=2 * inner, width=shared + heads),
+            *self.rows("conv1d", offset=inner, width=shared),
+        )
 
     def state_bytes(self) -> int:
         """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmcompress.arch.base import Arch
-from ssmcompress.arch.surgery import LAYER, removed
+from ssmcompress.arch.surgery import SSM, removed
 from ssmcompress.edits import Keep
 
 WEIGHTLESS = {"state": ("b_layernorm", "c_layernorm"), "dt_rank": ("dt_layernorm",)}
@@ -45,14 +45,22 @@ def mask(model: nn.Module, arch: Arch, edits: Iterable[Keep]) -> None:
     for edit in edits:
         if edit.layer is None:
             for layer in (~edit.keep).nonzero().flatten().tolist():
-                for parameter in blocks[layer].mixer.out_proj.parameters():
-                    parameter.zero_()
+                mixer = blocks[layer].mixer
+                for tensor in _readout(mixer) if edit.axis == SSM else mixer.out_proj.parameters():
+                    tensor.zero_()
         else:
             _mask_block(blocks[edit.layer], arch, edit)
 
 
+def _readout(mixer: Any) -> list[Tensor]:
+    """The rows of C, by which the states are read: in Mamba-2 those of the convolution, which C passes; none at all."""
+    if hasattr(mixer, "x_proj"):
+        return [mixer.x_proj.weight[-mixer.ssm_state_size :]]
+    rows = mixer.n_groups * mixer.ssm_state_size if hasattr(mixer, "n_groups") else 0
+    return [parameter[len(parameter) - rows :] for parameter in mixer.conv1d.parameters()]
+
+
 def _mask_block(block: nn.Module, arch: Arch, edit: Keep) -> None:
-    assert edit.axis != LAYER
     axis = arch.axes(edit.layer or 0)[edit.axis]
     for name, parameter in block.named_parameters():
         for dim, gone in removed(axis, edit.keep, name).items():

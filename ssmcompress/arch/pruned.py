@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from ssmcompress.arch import modeling_ssmcompress as modeling
 from ssmcompress.arch.base import Arch, adopt
+from ssmcompress.arch.gated import GatedMixer, GatedMixer2
 from ssmcompress.arch.mamba import Mamba, MambaMixer
 from ssmcompress.arch.mamba2 import Mamba2, Mamba2Mixer, Mamba2Model
 
@@ -24,7 +25,7 @@ class PrunedMambaForCausalLM(modeling.PrunedMambaForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        adopt(self.backbone.layers, MambaMixer)
+        adopt(self.backbone.layers, MambaMixer, GatedMixer)
 
 
 class PrunedMamba2ForCausalLM(modeling.PrunedMamba2ForCausalLM):
@@ -32,7 +33,7 @@ class PrunedMamba2ForCausalLM(modeling.PrunedMamba2ForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        adopt(self.backbone.layers, Mamba2Mixer)
+        adopt(self.backbone.layers, Mamba2Mixer, GatedMixer2)
         self.backbone.__class__ = Mamba2Model
 
 

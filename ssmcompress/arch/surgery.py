@@ -1,7 +1,7 @@
 """Removes units from a model: every tensor that an axis couples is cut, and what it cuts keeps its bits."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from ssmcompress.arch.registry import arch_for
 from ssmcompress.edits import Edit, Keep, Mask, Replace
 from ssmcompress.errors import InputError, UnsupportedError
 
-LAYER = "layer"  # the axis of whole blocks
+LAYER, SSM = "layer", "ssm"  # the axes of whole blocks, and of their scans
 BLOCK = re.compile(r"backbone\.layers\.(\d+)\.(.+)")
 
 
@@ -30,8 +30,12 @@ class Surgery:
         self.keeps = [edit for edit in edits if isinstance(edit, Keep)]
         for edit in self.keeps:
             self._check(edit)
-        blocks = next((edit.keep for edit in self.keeps if edit.axis == LAYER), torch.ones(arch.layers).bool())
+        blocks, scans = (
+            next((edit.keep for edit in self.keeps if edit.axis == axis), torch.ones(arch.layers).bool())
+            for axis in (LAYER, SSM)
+        )
         self.layers = [layer for layer in range(arch.layers) if blocks[layer]]
+        self.silent = {layer for layer in self.layers if arch.has_scan(layer) and not scans[layer]}
 
     @cached_property
     def arch(self) -> Arch:
@@ -40,6 +44,8 @@ class Surgery:
         for edit in self.keeps:
             if edit.layer in self.layers:
                 sizes[self.layers.index(edit.layer)][edit.axis] = int(edit.keep.sum())
+        for layer in self.silent:
+            sizes[self.layers.index(layer)] |= dict.fromkeys(self.source.scan_axes, 0)
         return arch_for(self.source.resized(sizes))
 
     def names(self, tensors: Iterable[str]) -> dict[str, str]:
@@ -49,7 +55,9 @@ class Surgery:
             inside = BLOCK.fullmatch(name)
             if inside is None:
                 found[name] = name
-            elif (layer := int(inside[1])) in self.layers:
+            elif (layer := int(inside[1])) in self.layers and not (
+                layer in self.silent and inside[2] in self.source.scan_only
+            ):
                 found[self.source.prefix(self.layers.index(layer)) + inside[2]] = name
         return found
 
@@ -68,10 +76,10 @@ class Surgery:
         """The indices that stay of a tensor of this shape, by the dimension that is cut."""
         inside = BLOCK.fullmatch(name)
         stays: dict[int, Tensor] = {}
-        for edit in self.keeps if inside else ():
-            if inside is not None and edit.layer == int(inside[1]):
-                for dim, gone in removed(self.source.axes(edit.layer)[edit.axis], edit.keep, inside[2]).items():
-                    stays.setdefault(dim, torch.ones(shape[dim], dtype=torch.bool))[gone] = False
+        layer, tensor = inside.groups() if inside else (-1, name)
+        for axis, keep in self._cuts(int(layer)):
+            for dim, gone in removed(axis, keep, tensor).items():
+                stays.setdefault(dim, torch.ones(shape[dim], dtype=torch.bool))[gone] = False
         return {dim: stay.nonzero().flatten() for dim, stay in stays.items()}
 
     def lift(self, edit: Edit, shapes: Mapping[str, torch.Size]) -> Edit:
@@ -99,10 +107,18 @@ class Surgery:
         use_backend(small, next(mixers(model)).backend)
         return small.train(model.training)
 
+    def _cuts(self, layer: int) -> Iterator[tuple[Axis, Tensor]]:
+        """What is cut of one block, axis by axis, and which units of it stay."""
+        for edit in self.keeps:
+            if edit.layer == layer:
+                yield self.source.axes(layer)[edit.axis], edit.keep
+        if layer in self.silent:
+            yield Axis(SSM, 1, self.source.scan_rows(layer), None), torch.zeros(1, dtype=torch.bool)
+
     def _lift_units(self, edit: Keep) -> Keep:
         layer = None if edit.layer is None else self.layers[edit.layer]
-        if edit.axis == LAYER:
-            keep = torch.zeros(self.source.layers, dtype=torch.bool)
+        if edit.layer is None:  # what it says of blocks that went is of no account
+            keep = torch.full((self.source.layers,), edit.axis != LAYER)
             keep[self.layers] = edit.keep
             return replace(edit, keep=keep)
         before = next((each.keep for each in self.keeps if (each.axis, each.layer) == (edit.axis, layer)), None)
@@ -113,8 +129,8 @@ class Surgery:
         return replace(edit, layer=layer, keep=keep)
 
     def _check(self, edit: Keep) -> None:
-        inside = edit.layer is None if edit.axis == LAYER else edit.layer in range(self.source.layers)
-        known = self.source.sizes[(inside and edit.layer) or 0] | {LAYER: self.source.layers}
+        inside = edit.layer is None if edit.axis in (LAYER, SSM) else edit.layer in range(self.source.layers)
+        known = self.source.sizes[(inside and edit.layer) or 0] | dict.fromkeys((SSM, LAYER), self.source.layers)
         if edit.axis not in known:
             raise UnsupportedError(
                 f"{self.source.model_type} has no axis {edit.axis!r}.", hint=f"It has {', '.join(known)}."

@@ -95,6 +95,11 @@ class SizeRecord(Record):
         """The number of blocks."""
         return max(map(len, self.axes.values()))
 
+    @property
+    def scans(self) -> int:
+        """The number of blocks that have a scan: states."""
+        return sum(size > 0 for size in self.axes["state"])
+
 
 class ShapeRecord(Record):
     """The size before and after units were removed, and which of the source's layers stayed."""
@@ -106,6 +111,8 @@ class ShapeRecord(Record):
     def changes(self) -> dict[str, tuple[str, str]]:
         """Each axis that changed, as text before and after: one number where all layers agree."""
         pairs = {"layer": (str(self.before.layers), str(self.after.layers))}
+        if self.after.scans < self.after.layers:
+            pairs["ssm"] = (str(self.before.scans), str(self.after.scans))
         for axis, sizes in self.before.axes.items():
             pairs[axis] = (_span(sizes), _span(self.after.axes[axis]))
         return {axis: pair for axis, pair in pairs.items() if pair[0] != pair[1]}
@@ -150,7 +157,9 @@ class Manifest(Record):
 
 
 def _span(sizes: tuple[int, ...]) -> str:
-    return str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    """The sizes of the blocks that have such units."""
+    found = [size for size in sizes if size] or [0]
+    return str(found[0]) if min(found) == max(found) else f"{min(found)} to {max(found)}"
 
 
 def versions() -> dict[str, str]:

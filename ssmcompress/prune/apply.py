@@ -76,7 +76,8 @@ class _Pruner:
 
     def block(self, layer: int, block: nn.Module, statistics: Mapping[str, Statistic]) -> float | None:
         """Prunes the targets of one block; returns the share of their entries that is not zero, None without any."""
-        weights = {module: block.get_parameter(f"mixer.{module}.weight").data for module in self.inner}
+        there = [module for module in self.inner if module in self.arch.modules(layer)]
+        weights = {module: block.get_parameter(f"mixer.{module}.weight").data for module in there}
         made = self.finished.get(layer)
         if made is None:
             made = []

@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch
-from ssmcompress.arch.surgery import LAYER
+from ssmcompress.arch.surgery import LAYER, SSM
 from ssmcompress.edits import Edit
 from ssmcompress.events import Emit, Note, ignore
-from ssmcompress.prune.depth import find_layers
+from ssmcompress.prune.depth import find_blocks
 from ssmcompress.prune.sizes import Weights, size
 from ssmcompress.prune.units import find_units
 from ssmcompress.steps import Cut
@@ -36,6 +36,6 @@ def cut(
     found = size(arch, step, weights)
     if found.note:
         emit(Note(found.note))
-    if step.axis == LAYER:
-        return find_layers(model, arch, step, found.after, windows, seed, emit, finished)
+    if step.axis in (LAYER, SSM):
+        return find_blocks(model, arch, step, found.after, windows, seed, emit, finished)
     return find_units(model, arch, step, found.after, windows, dtypes, seed, emit, finished)

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ssmcompress.arch.base import Arch
-from ssmcompress.arch.surgery import LAYER, Surgery
+from ssmcompress.arch.base import Arch, Axis
+from ssmcompress.arch.surgery import LAYER, SSM, Surgery
 from ssmcompress.edits import Keep
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.steps import Cut, budget
@@ -20,6 +20,7 @@ WHY = {
     "channel": f"the kernels read channels by {CHANNELS}",
     "head_channel": f"the kernels read channels by {CHANNELS}",
     "head": "every group keeps as many heads",
+    "ssm": "a stock config has a scan in every block",
     "state": "the scan pads the states of Mamba-2 to a power of two, and gains nothing between",
 }
 
@@ -90,12 +91,15 @@ def size(arch: Arch, step: Cut, weights: Weights) -> Size:
 
     Raises UnsupportedError for an axis the family does not have, and for a size that cannot be, naming the nearest.
     """
-    known = {name: axis.size for name, axis in arch.axes().items()} | {LAYER: arch.layers}
+    scans = sum(map(arch.has_scan, range(arch.layers)))
+    known = {axis: max(each[axis] for each in arch.sizes) for axis in arch.sizes[0]} | {SSM: scans, LAYER: arch.layers}
     if step.axis not in known:
         hint = f"Its axes are {', '.join(known)}."
         raise UnsupportedError(f"{arch.model_type} has no axis {step.axis!r}.", hint=hint)
     before = known[step.axis]
-    if step.axis != LAYER and len(found := {each[step.axis] for each in arch.sizes}) > 1:
+    if not before:
+        raise UnsupportedError(f"No block has a scan, and without one there are no {step.axis}s.")
+    if step.axis not in (SSM, LAYER) and len(found := {each[step.axis] for each in arch.sizes} - {0}) > 1:
         raise UnsupportedError(
             f"The layers have {min(found)} to {max(found)} {step.axis}s; one size for all is not chosen among those.",
             hint="Cut another axis, or start from the model of which units were removed.",
@@ -108,10 +112,9 @@ def size(arch: Arch, step: Cut, weights: Weights) -> Size:
     near = min(sizes, key=lambda each: (abs(each - wanted), each))
     if wanted == near:
         return Size(step.axis, before, near)
-    free = len(sizes) == before
     if keep > 1 or near == before or wanted < 0.5 or abs(near - wanted) > max(1, APART * before):
         raise _impossible(arch, step, before, wanted, sizes)
-    why = "units are whole" if free else _why(arch, step)
+    why = _why(arch, step, sizes)
     return Size(step.axis, before, near, f"{near} of {before} {step.axis}s stay, not {wanted:g}: {why}.")
 
 
@@ -124,7 +127,9 @@ def possible(arch: Arch, step: Cut, before: int) -> list[int]:
         sizes = [each for each in sizes if each % CHANNELS == 0]
     elif not step.any_size and step.axis == "state" and "head" in arch.axes():
         sizes = [each for each in sizes if each.bit_count() == 1]
-    if step.axis != LAYER and _stock(arch, step):
+    if step.axis == SSM and _stock(arch, step):
+        sizes = []
+    elif step.axis != LAYER and _stock(arch, step):
         sizes = [each for each in sizes if _expressible(arch, step.axis, each)]
     return [*sizes, before]
 
@@ -136,25 +141,45 @@ def _stock(arch: Arch, step: Cut) -> bool:
 
 def _expressible(arch: Arch, axis: str, size: int) -> bool:
     try:
-        arch.resized([block | {axis: size} for block in arch.sizes], stock=True)
+        arch.resized([block | {axis: min(size, block[axis])} for block in arch.sizes], stock=True)
     except UnsupportedError:
         return False
     return True
 
 
-def _why(arch: Arch, step: Cut) -> str:
+def _why(arch: Arch, step: Cut, sizes: list[int]) -> str:
     """What keeps an axis from having any size."""
+    if len(sizes) == sizes[-1]:
+        return "units are whole"
     heads = step.axis in ("head", "head_channel") and _stock(arch, step)
     return WHY[step.axis] + (", and a stock config has their channels fill whole hidden sizes" if heads else "")
 
 
 def first(arch: Arch, axis: str, after: int) -> list[Keep]:
     """Edits that keep the first units of every layer, of every group alike: their shapes are those of any others."""
-    if axis == LAYER:
-        return [Keep(LAYER, None, torch.arange(arch.layers) < after)]
+    if axis in (LAYER, SSM):
+        there = units(arch, axis)
+        return [Keep(axis, None, there & (there.cumsum(0) <= after))]
     groups = arch.config.n_groups if axis == "head" else 1
-    each = arch.axes()[axis].size // groups
-    return [Keep(axis, layer, (torch.arange(each) < after // groups).repeat(groups)) for layer in range(arch.layers)]
+    each = fullest(arch, axis).size // groups
+    keep = (torch.arange(each) < after // groups).repeat(groups)
+    return [Keep(axis, layer, keep) for layer, sizes in enumerate(arch.sizes) if sizes[axis]]
+
+
+def units(arch: Arch, axis: str) -> Tensor:
+    """The layers [layers] (bool) that are units of the axis of whole blocks, or of that of their scans."""
+    return torch.tensor([axis == LAYER or arch.has_scan(layer) for layer in range(arch.layers)])
+
+
+def alike(arch: Arch, axis: str) -> bool:
+    """Whether it makes no difference to the sizes which units go: the blocks that go, or whose scan goes, are alike."""
+    there = units(arch, axis).tolist() if axis in (LAYER, SSM) else []
+    return len({tuple(sizes.values()) for sizes, unit in zip(arch.sizes, there, strict=False) if unit}) <= 1
+
+
+def fullest(arch: Arch, axis: str) -> Axis:
+    """An axis as a block has it that has a scan, where one does."""
+    return max((arch.axes(layer)[axis] for layer in range(arch.layers)), key=lambda each: len(each.slices))
 
 
 def best(score: Tensor, after: int, groups: int = 1) -> Tensor:
@@ -188,8 +213,10 @@ def _impossible(arch: Arch, step: Cut, before: int, wanted: float, sizes: list[i
     above = min((each for each in sizes if each > wanted), default=sizes[-1])
     near = " or ".join(f"{each} (--keep {each / before:.4g})" for each in sorted({below, above}))
     outside = wanted > before or wanted < 1
-    reason = f"there are {before}" if wanted > before else "at least one must" if wanted < 1 else _why(arch, step)
-    forced = "" if outside or step.axis == "head" else " Or say --any-size."
+    reason = (
+        f"there are {before}" if wanted > before else "at least one must" if wanted < 1 else _why(arch, step, sizes)
+    )
+    forced = "" if outside or step.axis in ("head", SSM, LAYER) else " Or say --any-size."
     return UnsupportedError(
         f"{wanted:g} of {before} {step.axis}s cannot stay: {reason}.", hint=f"The nearest possible: {near}.{forced}"
     )

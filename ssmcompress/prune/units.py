@@ -19,7 +19,7 @@ from ssmcompress.edits import Edit, Keep, Replace
 from ssmcompress.events import Advance, Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import scores
 from ssmcompress.prune.correct import refitted, rescaled
-from ssmcompress.prune.sizes import best, first
+from ssmcompress.prune.sizes import best, first, fullest
 from ssmcompress.steps import Cut
 
 Fisher = Mapping[str, Tensor]
@@ -53,11 +53,12 @@ def find_units(
     """
     fisher = {}
     if step.criterion == "taylor" and windows is not None:
-        fisher = squared_gradients(model, windows, arch.axes()[step.axis], emit)
+        fisher = squared_gradients(model, windows, fullest(arch, step.axis), emit)
     emit(Phase(f"choosing {step.axis}s by {step.criterion}", arch.layers))
     cutter = _Cutter(model, arch, step, after, dtypes or {}, fisher, seed, {} if finished is None else finished)
     if step.calibrated and windows is not None:
-        Walk(cutter.taps, cutter.block, known=tuple(cutter.finished)).run(model, arch, windows, emit)
+        without = (layer for layer, sizes in enumerate(arch.sizes) if not sizes[step.axis])
+        Walk(cutter.taps, cutter.block, known=(*cutter.finished, *without)).run(model, arch, windows, emit)
         return cutter.found
     for layer, block in enumerate(arch.blocks(model)):
         started = time.perf_counter()
@@ -80,7 +81,7 @@ class _Cutter:
         seed: int,
         finished: MutableMapping[int, list[Edit]],
     ) -> None:
-        self.arch, self.step, self.after, self.axis = arch, step, after, arch.axes()[step.axis]
+        self.arch, self.step, self.after = arch, step, after
         self.dtypes, self.fisher, self.seed, self.finished = dtypes, fisher, seed, finished
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.small = Surgery(arch, first(arch, step.axis, after)).arch.build("meta")
@@ -90,23 +91,27 @@ class _Cutter:
 
     def block(
         self, layer: int, block: nn.Module, statistics: Mapping[str, Any], hidden: Sequence[Tensor]
-    ) -> tuple[nn.Module, float]:
-        """The cut block, and the share of its units that stays."""
+    ) -> tuple[nn.Module, float | None]:
+        """The cut block, and the share of its units that stays; None where it has none."""
+        size = self.arch.sizes[layer][self.step.axis]
+        if not size:
+            return block, None
         if layer not in self.finished:
             self.finished[layer] = self._choose(layer, block, statistics, hidden)
         self.found += self.finished[layer]
-        return self._cut(layer, block, self.finished[layer]), self.after / self.axis.size
+        return self._cut(layer, block, self.finished[layer]), self.after / size
 
     def _choose(
         self, layer: int, block: nn.Module, statistics: Mapping[str, Any], hidden: Sequence[Tensor]
     ) -> list[Edit]:
-        scorer = Scorer(self.arch, self.axis, layer, block, statistics, self.fisher, self.seed, self.after)
+        axis = self.arch.axes(layer)[self.step.axis]
+        scorer = Scorer(self.arch, axis, layer, block, statistics, self.fisher, self.seed, self.after)
         groups = self.arch.config.n_groups if self.step.axis == "head" else 1
         keep = Keep(self.step.axis, layer, best(scorer.score(self.step.criterion), self.after, groups))
         made: list[Edit] = [keep]
         if self.step.correction == "rescale":
             norm, name = cast(Any, block).mixer.norm, "mixer.norm.weight"
-            gone = removed(self.axis, keep.keep, name)[0]
+            gone = removed(axis, keep.keep, name)[0]
             alive = torch.ones(len(norm.weight), dtype=torch.bool).index_fill(0, gone, False)
             made.append(self._replace(layer, name, rescaled(norm, alive, statistics["norm"].norm.square().cpu())))
         elif self.step.correction == "refit":
@@ -171,7 +176,7 @@ class Scorer:
         return getattr(self, f"_{method}")()
 
     def _magnitude(self) -> Tensor:
-        names = {f"mixer.{module}.weight" for module in self.arch.prunable}
+        names = {f"mixer.{module}.weight" for module in self.arch.modules(self.layer)}
         return self._owned({name: scores.magnitude(self._tensor(name)).square() for name in names})
 
     def _taylor(self) -> Tensor:

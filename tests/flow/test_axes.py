@@ -149,7 +149,7 @@ def test_a_run_that_was_stopped_goes_on(run, models, text, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("mamba", "--axis", "head", "--keep", 0.5), 3, ("no axis 'head'", "channel, state, dt_rank, layer")),
+        (("mamba", "--axis", "head", "--keep", 0.5), 3, ("no axis 'head'", "channel, state, dt_rank, ssm, layer")),
         (("mamba2", "--axis", "state", "--keep", 0.75), 3, ("12 of 16 states", "8 (--keep 0.5)")),
         (("mamba", "--axis", "state", "--keep", 7), 3, ("there are 6",)),
         (("mamba", "--axis", "state", "--keep", 0), 3, ("at least one must",)),
@@ -162,7 +162,8 @@ def test_a_run_that_was_stopped_goes_on(run, models, text, tmp_path, monkeypatch
         (("mamba", "--axis", "state", "--target", "size=1"), 2, ("params=, state= or memory=",)),
         (("mamba", "--axis", "state", "--keep", "nan"), 2, ("keep",)),
         (("mamba", "--axis", "state", "--keep", 0.5, "--correct", "rescale"), 2, ("the axis state has none",)),
-        (("mamba", "--axis", "layer", "--keep", 0.5, "--correct", "refit"), 2, ("the axis layer leaves none",)),
+        (("mamba", "--axis", "layer", "--keep", 0.5, "--correct", "refit"), 2, ("the axis layer has no form",)),
+        (("falcon_mamba", "--axis", "ssm", "--keep", 0.5), 3, ("a scan in every block", "2 (--keep 1)")),
         (("mamba", "--axis", "sate", "--keep", 0.5), 2, ("Did you mean 'state'?",)),
     ],
 )
