@@ -32,8 +32,8 @@ from ssmcompress.steps import METHODS, Cut
 HERE = Path(__file__).parent
 KEPT = HERE / "results"
 MODELS = {
-    "mamba": ("state", "channel", "dt_rank", "ssm", "layer"),
-    "mamba2": ("state", "head", "head_channel", "ssm", "layer"),
+    "mamba": ("state", "channel", "dt_rank", "width", "ssm", "layer"),
+    "mamba2": ("state", "head", "head_channel", "width", "ssm", "layer"),
 }
 COLUMNS = ("axis", "keep", "score", "correction", "novel", "pages, against dense", "copy 20", "4 pairs")
 
@@ -59,14 +59,15 @@ def main() -> None:
 
 
 def cases(model: str) -> Iterator[Cut]:
-    """Every score of every axis; at half of the units refitted too, and with the norm that heads share rescaled."""
+    """Every score of every axis; at half of the units refitted too, and with the norms that units share rescaled."""
     for axis in MODELS[model]:
         for keep in (0.75, 0.5):
             for method in METHODS[axis]:
                 corrections = ["none"]
-                if keep == 0.5 and axis not in ("ssm", "layer", "dt_rank"):
+                if keep == 0.5 and axis not in ("width", "ssm", "layer", "dt_rank"):
                     corrections += ["refit"]
-                if keep == 0.5 and axis in ("head", "head_channel") and method in ("minitron", "flap"):
+                shared = axis == "width" or (axis in ("head", "head_channel") and method in ("minitron", "flap"))
+                if keep == 0.5 and shared:
                     corrections += ["rescale"]
                 for correct in corrections:
                     yield Cut.model_validate(

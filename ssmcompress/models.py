@@ -6,8 +6,9 @@ from transformers import AutoConfig
 
 from ssmcompress import reference
 from ssmcompress.arch.registry import FAMILIES, arch_for
-from ssmcompress.arch.surgery import LAYER, SSM
+from ssmcompress.arch.surgery import LAYER, SSM, WIDTH
 from ssmcompress.events import Emit, Table, ignore
+from ssmcompress.prune.sizes import expressible
 
 
 @dataclass(frozen=True)
@@ -37,4 +38,5 @@ def _family(model_type: str) -> Family:
     axes = arch.axes()
     stock = tuple(name for name, axis in axes.items() if axis.config_key)
     own = () if arch.pruned_config is None else (SSM,)
-    return Family(model_type, arch.prunable, (*axes, *own, LAYER), (*stock, LAYER), arch.hookless)
+    wide = (WIDTH,) if expressible(arch, WIDTH, arch.width - 1) else ()
+    return Family(model_type, arch.prunable, (*axes, WIDTH, *own, LAYER), (*stock, *wide, LAYER), arch.hookless)

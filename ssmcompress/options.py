@@ -24,7 +24,7 @@ Method = Literal[
     "similarity",
     "random",
 ]
-AxisName = Literal["state", "channel", "dt_rank", "head", "head_channel", "ssm", "layer"]
+AxisName = Literal["state", "channel", "dt_rank", "head", "head_channel", "width", "ssm", "layer"]
 
 WHAT, TEXT, MEASURE, GATE, OUTPUT, COMPUTE = (
     "What to prune",

@@ -16,6 +16,7 @@ METHODS = {  # of each axis, the usual one first
     "dt_rank": ("wanda", "taylor", "magnitude", "random"),
     "head": UNITS,
     "head_channel": UNITS,
+    "width": ("minitron", "taylor", "magnitude", "random"),
     "ssm": ("shedder", "similarity", "random"),
     "layer": ("shedder", "similarity", "random"),
 }
@@ -97,16 +98,16 @@ class Prune(Strict):
 
 
 class Cut(Strict):
-    """Removes units of an axis from every layer, or scans, or whole layers: those of which the method makes least.
+    """Removes units of an axis from every layer, or dimensions, scans or layers of the model: those of least score.
 
     `keep` is the share that stays (up to 1) or their number (above 1); `target` a budget: params=75%, state=50% or
     memory=500MB, of the whole model. `correct` makes up for what went: refit solves each out_proj for the dense block's
-    output, and is usual for channels and heads; rescale corrects the norm that heads share. `any_size` lets sizes pass
-    that kernels run slowly or not at all; `stock_only` refuses those that no config of transformers says.
+    output, and is usual for channels and heads; rescale corrects the norms that heads, or dimensions, share. `any_size`
+    lets sizes pass that kernels run slowly or not at all; `stock_only` those alone that a config of transformers says.
     """
 
     step: Literal["prune"] = "prune"
-    axis: Literal["state", "channel", "dt_rank", "head", "head_channel", "ssm", "layer"]
+    axis: Literal["state", "channel", "dt_rank", "head", "head_channel", "width", "ssm", "layer"]
     method: str | None = None
     keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     target: str | None = None
@@ -125,9 +126,9 @@ class Cut(Strict):
     def _consistent(self) -> "Cut":
         if (self.keep is None) == (self.target is None):
             raise ValueError(f"an axis needs either keep or target, to say how many units of {self.axis} stay")
-        if self.correct == "rescale" and self.axis not in ("head", "head_channel"):
-            raise ValueError(f"rescale corrects the norm that heads share; the axis {self.axis} has none")
-        if self.correct == "refit" and self.axis in ("ssm", "layer"):
+        if self.correct == "rescale" and self.axis not in ("head", "head_channel", "width"):
+            raise ValueError(f"rescale corrects the norm that units share; those of the axis {self.axis} have none")
+        if self.correct == "refit" and self.axis in ("width", "ssm", "layer"):
             raise ValueError(
                 f"refit corrects blocks of which units go one by one; the axis {self.axis} has no form of it"
             )

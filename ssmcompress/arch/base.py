@@ -1,9 +1,10 @@
 """What every family tells the rest of the house: its blocks, its prunable weights, its axes and what couples them."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard, cast
+from typing import Any, NamedTuple, Self, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,29 @@ class Arch(ABC):
     @abstractmethod
     def model_class(self) -> type[PreTrainedModel]:
         """The stock causal language model with our mixer in every block."""
+
+    @property
+    def width(self) -> int:
+        """Residual dimensions."""
+        return self.config.hidden_size
+
+    def narrowed(self, width: int) -> Self:
+        """This family with another number of residual dimensions: its config is to be `resized`, not to be built."""
+        config = copy.copy(self.config)
+        vars(config)["hidden_size"] = width  # past the checks, which hold the other sizes against it
+        return type(self)(config)
+
+    def residual(self) -> Axis:
+        """The residual dimensions, and what runs along them in every block and, by whole names, outside the blocks."""
+        slices = (
+            Slice("backbone.embeddings.weight", 1),
+            Slice("norm.weight", 0),
+            Slice("mixer.in_proj.weight", 1),
+            *self.rows("out_proj"),
+            Slice("backbone.norm_f.weight", 0),
+            Slice("lm_head.weight", 1),
+        )
+        return Axis("width", self.width, slices, "hidden_size")
 
     @abstractmethod
     def axes(self, layer: int = 0) -> dict[str, Axis]:
@@ -198,6 +222,7 @@ class Arch(ABC):
     def rows(self, module: str, **where: int) -> tuple[Slice, ...]:
         """The same cut through the rows of a module's weight and, where the config gives it one, its bias."""
         biased = self.config.use_conv_bias if module == "conv1d" else self.config.use_bias
+        biased |= module == "out_proj" and self.out_proj_bias
         names = ("weight", "bias") if biased else ("weight",)
         return tuple(Slice(f"mixer.{module}.{name}", 0, **where) for name in names)
 

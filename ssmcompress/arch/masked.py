@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmcompress.arch.base import Arch
-from ssmcompress.arch.surgery import SSM, removed
+from ssmcompress.arch.surgery import SSM, WIDTH, removed
 from ssmcompress.edits import Keep
 
 WEIGHTLESS = {"state": ("b_layernorm", "c_layernorm"), "dt_rank": ("dt_layernorm",)}
@@ -43,13 +43,26 @@ def mask(model: nn.Module, arch: Arch, edits: Iterable[Keep]) -> None:
     """Silences the removed units of a dense model in place, so that it computes what the smaller one does."""
     blocks = arch.blocks(model)
     for edit in edits:
-        if edit.layer is None:
+        if edit.axis == WIDTH:
+            _mask_width(model, arch, edit.keep)
+        elif edit.layer is None:
             for layer in (~edit.keep).nonzero().flatten().tolist():
                 mixer = blocks[layer].mixer
                 for tensor in _readout(mixer) if edit.axis == SSM else mixer.out_proj.parameters():
                     tensor.zero_()
         else:
             _mask_block(blocks[edit.layer], arch, edit)
+
+
+def _mask_width(model: nn.Module, arch: Arch, keep: Tensor) -> None:
+    blocks = arch.blocks(model)
+    for module in (model, *blocks):
+        for name, parameter in module.named_parameters():
+            for dim, gone in removed(arch.residual(), keep, name).items():
+                parameter.index_fill_(dim, gone, 0.0)
+    for block in cast(Any, blocks):
+        block.norm = KeptNorm(block.norm, keep)
+    cast(Any, model).backbone.norm_f = KeptNorm(arch.final_norm(model), keep)
 
 
 def _readout(mixer: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from ssmcompress.arch.registry import arch_for
 from ssmcompress.edits import Edit, Keep, Mask, Replace
 from ssmcompress.errors import InputError, UnsupportedError
 
-LAYER, SSM = "layer", "ssm"  # the axes of whole blocks, and of their scans
+LAYER, SSM, WIDTH = WHOLE = "layer", "ssm", "width"  # axes of the model: blocks, their scans, residual dimensions
 BLOCK = re.compile(r"backbone\.layers\.(\d+)\.(.+)")
 
 
@@ -30,11 +30,10 @@ class Surgery:
         self.keeps = [edit for edit in edits if isinstance(edit, Keep)]
         for edit in self.keeps:
             self._check(edit)
-        blocks, scans = (
-            next((edit.keep for edit in self.keeps if edit.axis == axis), torch.ones(arch.layers).bool())
-            for axis in (LAYER, SSM)
-        )
+        kept = {edit.axis: edit.keep for edit in self.keeps if edit.layer is None}
+        blocks, scans = (kept.get(axis, torch.ones(arch.layers, dtype=torch.bool)) for axis in (LAYER, SSM))
         self.layers = [layer for layer in range(arch.layers) if blocks[layer]]
+        self.width = int(kept[WIDTH].sum()) if WIDTH in kept else arch.width
         self.silent = {layer for layer in self.layers if arch.has_scan(layer) and not scans[layer]}
 
     @cached_property
@@ -46,7 +45,7 @@ class Surgery:
                 sizes[self.layers.index(edit.layer)][edit.axis] = int(edit.keep.sum())
         for layer in self.silent:
             sizes[self.layers.index(layer)] |= dict.fromkeys(self.source.scan_axes, 0)
-        return arch_for(self.source.resized(sizes))
+        return arch_for(self.source.narrowed(self.width).resized(sizes))
 
     def names(self, tensors: Iterable[str]) -> dict[str, str]:
         """New name → name, of the tensors that stay, in their order."""
@@ -108,29 +107,34 @@ class Surgery:
         return small.train(model.training)
 
     def _cuts(self, layer: int) -> Iterator[tuple[Axis, Tensor]]:
-        """What is cut of one block, axis by axis, and which units of it stay."""
+        """What is cut of one block (or outside, -1), axis by axis, and which units of it stay."""
         for edit in self.keeps:
             if edit.layer == layer:
                 yield self.source.axes(layer)[edit.axis], edit.keep
+            elif edit.axis == WIDTH:
+                yield self.source.residual(), edit.keep
         if layer in self.silent:
             yield Axis(SSM, 1, self.source.scan_rows(layer), None), torch.zeros(1, dtype=torch.bool)
 
     def _lift_units(self, edit: Keep) -> Keep:
         layer = None if edit.layer is None else self.layers[edit.layer]
-        if edit.layer is None:  # what it says of blocks that went is of no account
+        if edit.axis in (LAYER, SSM):  # what it says of blocks that went is of no account
             keep = torch.full((self.source.layers,), edit.axis != LAYER)
             keep[self.layers] = edit.keep
             return replace(edit, keep=keep)
         before = next((each.keep for each in self.keeps if (each.axis, each.layer) == (edit.axis, layer)), None)
-        keep = (
-            torch.ones(self.source.sizes[layer or 0][edit.axis], dtype=torch.bool) if before is None else before.clone()
-        )
+        keep = torch.ones(self._units(layer)[edit.axis], dtype=torch.bool) if before is None else before.clone()
         keep[keep.nonzero().flatten()] = edit.keep
         return replace(edit, layer=layer, keep=keep)
 
+    def _units(self, layer: int | None) -> dict[str, int]:
+        """How many units a Keep of each axis speaks of."""
+        layers, width = self.source.layers, self.source.width
+        return self.source.sizes[layer or 0] | {WIDTH: width, SSM: layers, LAYER: layers}
+
     def _check(self, edit: Keep) -> None:
-        inside = edit.layer is None if edit.axis in (LAYER, SSM) else edit.layer in range(self.source.layers)
-        known = self.source.sizes[(inside and edit.layer) or 0] | dict.fromkeys((SSM, LAYER), self.source.layers)
+        inside = edit.layer is None if edit.axis in WHOLE else edit.layer in range(self.source.layers)
+        known = self._units(edit.layer if inside else None)
         if edit.axis not in known:
             raise UnsupportedError(
                 f"{self.source.model_type} has no axis {edit.axis!r}.", hint=f"It has {', '.join(known)}."

@@ -83,12 +83,16 @@ class TensorRecord(Record):
 
 
 class SizeRecord(Record):
-    """How large a model is: entries and bytes of its weights, bytes of its state, each axis's size layer by layer."""
+    """How large a model is: entries and bytes of its weights, bytes of its state, each axis's size layer by layer.
+
+    `width` is the number of residual dimensions.
+    """
 
     params: int
     weight_bytes: int
     state_bytes: int
     axes: dict[str, tuple[int, ...]]
+    width: int | None = None
 
     @property
     def layers(self) -> int:
@@ -110,7 +114,10 @@ class ShapeRecord(Record):
 
     def changes(self) -> dict[str, tuple[str, str]]:
         """Each axis that changed, as text before and after: one number where all layers agree."""
-        pairs = {"layer": (str(self.before.layers), str(self.after.layers))}
+        pairs = {
+            axis: (str(getattr(self.before, key)), str(getattr(self.after, key)))
+            for axis, key in (("layer", "layers"), ("width", "width"))
+        }
         if self.after.scans < self.after.layers:
             pairs["ssm"] = (str(self.before.scans), str(self.after.scans))
         for axis, sizes in self.before.axes.items():

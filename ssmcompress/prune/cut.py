@@ -7,12 +7,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch
-from ssmcompress.arch.surgery import LAYER, SSM
+from ssmcompress.arch.surgery import LAYER, SSM, WIDTH
 from ssmcompress.edits import Edit
 from ssmcompress.events import Emit, Note, ignore
 from ssmcompress.prune.depth import find_blocks
 from ssmcompress.prune.sizes import Weights, size
 from ssmcompress.prune.units import find_units
+from ssmcompress.prune.width import find_width
 from ssmcompress.steps import Cut
 
 
@@ -38,4 +39,6 @@ def cut(
         emit(Note(found.note))
     if step.axis in (LAYER, SSM):
         return find_blocks(model, arch, step, found.after, windows, seed, emit, finished)
+    if step.axis == WIDTH:
+        return find_width(model, arch, step, found.after, windows, dtypes, seed, emit)
     return find_units(model, arch, step, found.after, windows, dtypes, seed, emit, finished)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmcompress.arch.base import Arch, Axis
-from ssmcompress.arch.surgery import LAYER, SSM, Surgery
+from ssmcompress.arch.surgery import LAYER, SSM, WHOLE, WIDTH, Surgery
 from ssmcompress.edits import Keep
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.steps import Cut, budget
@@ -20,6 +20,7 @@ WHY = {
     "channel": f"the kernels read channels by {CHANNELS}",
     "head_channel": f"the kernels read channels by {CHANNELS}",
     "head": "every group keeps as many heads",
+    "width": f"the kernels read dimensions by {CHANNELS}",
     "ssm": "a stock config has a scan in every block",
     "state": "the scan pads the states of Mamba-2 to a power of two, and gains nothing between",
 }
@@ -92,14 +93,15 @@ def size(arch: Arch, step: Cut, weights: Weights) -> Size:
     Raises UnsupportedError for an axis the family does not have, and for a size that cannot be, naming the nearest.
     """
     scans = sum(map(arch.has_scan, range(arch.layers)))
-    known = {axis: max(each[axis] for each in arch.sizes) for axis in arch.sizes[0]} | {SSM: scans, LAYER: arch.layers}
+    known = {axis: max(each[axis] for each in arch.sizes) for axis in arch.sizes[0]}
+    known |= {WIDTH: arch.width, SSM: scans, LAYER: arch.layers}
     if step.axis not in known:
         hint = f"Its axes are {', '.join(known)}."
         raise UnsupportedError(f"{arch.model_type} has no axis {step.axis!r}.", hint=hint)
     before = known[step.axis]
     if not before:
         raise UnsupportedError(f"No block has a scan, and without one there are no {step.axis}s.")
-    if step.axis not in (SSM, LAYER) and len(found := {each[step.axis] for each in arch.sizes} - {0}) > 1:
+    if step.axis not in WHOLE and len(found := {each[step.axis] for each in arch.sizes} - {0}) > 1:
         raise UnsupportedError(
             f"The layers have {min(found)} to {max(found)} {step.axis}s; one size for all is not chosen among those.",
             hint="Cut another axis, or start from the model of which units were removed.",
@@ -123,14 +125,12 @@ def possible(arch: Arch, step: Cut, before: int) -> list[int]:
     sizes = list(range(1, before))
     if step.axis == "head":
         sizes = [each for each in sizes if each % arch.config.n_groups == 0]
-    elif not step.any_size and step.axis in ("channel", "head_channel"):
+    elif not step.any_size and step.axis in ("channel", "head_channel", WIDTH):
         sizes = [each for each in sizes if each % CHANNELS == 0]
     elif not step.any_size and step.axis == "state" and "head" in arch.axes():
         sizes = [each for each in sizes if each.bit_count() == 1]
-    if step.axis == SSM and _stock(arch, step):
-        sizes = []
-    elif step.axis != LAYER and _stock(arch, step):
-        sizes = [each for each in sizes if _expressible(arch, step.axis, each)]
+    if step.axis != LAYER and _stock(arch, step):
+        sizes = [each for each in sizes if expressible(arch, step.axis, each)]
     return [*sizes, before]
 
 
@@ -139,9 +139,13 @@ def _stock(arch: Arch, step: Cut) -> bool:
     return step.stock_only or arch.pruned_config is None
 
 
-def _expressible(arch: Arch, axis: str, size: int) -> bool:
+def expressible(arch: Arch, axis: str, size: int) -> bool:
+    """Whether a config of transformers says this size of an axis, of which there are more."""
+    if axis == SSM:
+        return False
+    sizes = [block if axis == WIDTH else block | {axis: min(size, block[axis])} for block in arch.sizes]
     try:
-        arch.resized([block | {axis: min(size, block[axis])} for block in arch.sizes], stock=True)
+        (arch.narrowed(size) if axis == WIDTH else arch).resized(sizes, stock=True)
     except UnsupportedError:
         return False
     return True
@@ -151,8 +155,8 @@ def _why(arch: Arch, step: Cut, sizes: list[int]) -> str:
     """What keeps an axis from having any size."""
     if len(sizes) == sizes[-1]:
         return "units are whole"
-    heads = step.axis in ("head", "head_channel") and _stock(arch, step)
-    return WHY[step.axis] + (", and a stock config has their channels fill whole hidden sizes" if heads else "")
+    heads = step.axis in ("head", "head_channel", WIDTH) and "head" in arch.axes() and _stock(arch, step)
+    return WHY[step.axis] + (", and a stock config has the channels of heads fill whole hidden sizes" if heads else "")
 
 
 def first(arch: Arch, axis: str, after: int) -> list[Keep]:
@@ -160,6 +164,8 @@ def first(arch: Arch, axis: str, after: int) -> list[Keep]:
     if axis in (LAYER, SSM):
         there = units(arch, axis)
         return [Keep(axis, None, there & (there.cumsum(0) <= after))]
+    if axis == WIDTH:
+        return [Keep(WIDTH, None, torch.arange(arch.width) < after)]
     groups = arch.config.n_groups if axis == "head" else 1
     each = fullest(arch, axis).size // groups
     keep = (torch.arange(each) < after // groups).repeat(groups)

@@ -142,7 +142,7 @@ def squared_gradients(model: PreTrainedModel, windows: Tensor, axis: Axis, emit:
     """The mean over windows of the squared gradient of the loss, of every tensor the axis cuts (Fisher diagonal)."""
     emit(Phase("squared gradients", len(windows)))
     tensors = {part.tensor for part in axis.slices}
-    wanted = {name: p for name, p in model.named_parameters() if name.split(".", 3)[-1] in tensors}
+    wanted = {name: p for name, p in model.named_parameters() if {name, name.split(".", 3)[-1]} & tensors}
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in wanted.items()}
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():

@@ -46,20 +46,25 @@ def test_heads_between_leave_a_folder_that_replays_and_computes_what_was_written
     assert heads == [block.mixer.num_heads * 3 // 4 for block in dense.backbone.layers]
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2-grouped"])
-def test_without_a_scan_what_is_written_is_the_dense_model_whose_states_are_not_read(models, small, tmp_path, name):
-    result = ssmcompress.prune(models[name], out=tmp_path / "cut", axis="ssm", keep=0.5, **small)
+@pytest.mark.parametrize(
+    ("name", "axis", "keep", "before", "after"),
+    [("mamba", "ssm", 0.5, 2, 1), ("mamba2-grouped", "ssm", 0.5, 2, 1), ("mamba2", "width", 0.75, 32, 24)],
+)
+def test_what_is_written_is_the_dense_model_with_those_units_silent(
+    models, small, tmp_path, name, axis, keep, before, after
+):
+    result = ssmcompress.prune(models[name], out=tmp_path / "cut", axis=axis, keep=keep, correct="none", **small)
     dense = ssmcompress.load(models[name], dtype=torch.float32)
     mask(dense.model, dense.arch, [edit for edit in result.edits if isinstance(edit, Keep)])
     cut = ssmcompress.load(str(tmp_path / "cut"), dtype=torch.float32)
     with torch.no_grad():
         wanted = dense.model(WORDS).logits
         assert (cut.model(WORDS).logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    told, planned = manifest.read(tmp_path / "cut"), ssmcompress.plan(models[name], axis="ssm", keep=0.5)
+    told, planned = manifest.read(tmp_path / "cut"), ssmcompress.plan(models[name], axis=axis, keep=keep)
     assert told.shape.after.params == planned.after.params == sum(p.numel() for p in cut.model.parameters())
     assert told.shape.after.state_bytes == planned.after.state_bytes == cut.arch.state_bytes()
-    assert told.shape.changes() == {"ssm": ("2", "1")} and told.verification.trust_remote_code
-    assert "| ssms | 2 | 1 |" in (tmp_path / "cut/README.md").read_text(encoding="utf-8")
+    assert told.shape.changes() == {axis: (str(before), str(after))} and told.verification.trust_remote_code
+    assert f"| {axis}s | {before} | {after} |" in (tmp_path / "cut/README.md").read_text(encoding="utf-8")
     ssmcompress.apply(tmp_path / "cut/edits.safetensors", models[name], out=tmp_path / "again")
     assert lasting(tmp_path / "again") == lasting(tmp_path / "cut")
 
@@ -70,6 +75,7 @@ def test_scans_go_before_and_after_other_steps(models, text, tmp_path, name):
         {"step": "prune", "axis": "ssm", "keep": 3},
         {"step": "prune", "axis": "state", "keep": 2},
         {"step": "prune", "axis": "layer", "keep": 3},
+        {"step": "prune", "axis": "width", "keep": 24, "correct": "rescale"},
         {"step": "prune", "method": "wanda", "sparsity": 0.25},
         {"step": "prune", "axis": "ssm", "keep": 0.5, "method": "random"},
         {"step": "prune", "axis": "head" if name == "mamba2" else "channel", "keep": 0.5},

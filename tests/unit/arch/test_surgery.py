@@ -1,6 +1,7 @@
 """Removing units: what is left computes what the dense model with those units silent does."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,13 @@ import torch
 from ssmcompress import edits
 from ssmcompress.arch.masked import mask
 from ssmcompress.arch.registry import arch_for
-from ssmcompress.arch.surgery import LAYER, SSM, Surgery
+from ssmcompress.arch.surgery import LAYER, SSM, WIDTH, Surgery
 from ssmcompress.edits import Keep, Mask, Replace
 from ssmcompress.errors import InputError, UnsupportedError
 from tests.unit.arch import models
 from tests.unit.arch.models import ALL
 
-AXES = [(name, axis) for name, config in ALL.items() for axis in (*arch_for(config).axes(), SSM, LAYER)]
+AXES = [(name, axis) for name, config in ALL.items() for axis in (*arch_for(config).axes(), WIDTH, SSM, LAYER)]
 AXES.remove(("falcon_mamba", SSM))  # no config says it
 
 
@@ -22,6 +23,9 @@ def chosen(arch, axis, seed=0):
     """Half of the units of every layer, at random, as many in every group of heads."""
     if axis in (LAYER, SSM):
         return [Keep(axis, None, torch.arange(arch.layers) != (seed + (axis == SSM)) % arch.layers)]
+    if axis == WIDTH:
+        ranks = torch.rand(arch.width, generator=torch.Generator().manual_seed(seed)).argsort().argsort()
+        return [Keep(WIDTH, None, ranks < arch.width - 8)]
     parts = arch.config.n_groups if axis == "head" else 1
     generator = torch.Generator().manual_seed(seed)
     keeps = []
@@ -76,7 +80,14 @@ def test_the_counts_are_those_of_the_closed_forms(name, axis):
         assert smaller.state_bytes() == arch.state_bytes() - first.state_bytes()
         return
     gone = scan_parameters(arch) if axis == SSM else 0
-    for keep in keeps if axis != SSM else ():
+    if axis == WIDTH:
+        shapes = {key: p.shape for key, p in model.named_parameters()}
+        residual = [part for part in arch.residual().slices if "backbone" in part.tensor or part.tensor in shapes]
+        gone = 8 * replace(arch.residual(), slices=residual).parameters(shapes)
+        for block in arch.blocks(model):
+            gone += 8 * (1 + len(block.mixer.in_proj.weight) + block.mixer.out_proj.weight.shape[1])
+            gone += 8 * (block.mixer.out_proj.bias is not None)
+    for keep in keeps if axis not in (SSM, WIDTH) else ():
         shapes = {key: p.shape for key, p in arch.blocks(model)[keep.layer].named_parameters()}
         gone += int((~keep.keep).sum()) * arch.axes(keep.layer)[axis].parameters(shapes)
     assert before - after == gone
@@ -112,10 +123,10 @@ def test_a_later_step_speaks_of_the_source(name, scans):
     """Cuts and a mask, one after the other, are the same as what their lifted edits do at once."""
     model = models.ours(name)
     arch = arch_for(model.config)
-    first = [*chosen(arch, "state"), *chosen(arch, LAYER, seed=1), *scans]
+    first = [*chosen(arch, WIDTH), *chosen(arch, "state"), *chosen(arch, LAYER, seed=1), *scans]
     one = Surgery(arch, first)
     middle = one.operate(model)
-    second = chosen(one.arch, "state", seed=5)
+    second = [*chosen(one.arch, "state", seed=5), Keep(WIDTH, None, torch.arange(24) % 3 > 0)]
     two = Surgery(one.arch, second)
     small = two.operate(middle)
     generator = torch.Generator().manual_seed(2)
@@ -125,13 +136,13 @@ def test_a_later_step_speaks_of_the_source(name, scans):
         if "mixer" in key
     ]
     edits.apply(marks, dict(small.named_parameters()))
-    news = [Replace("backbone.norm_f.weight", torch.full((32,), 2.0))]
+    news = [Replace("backbone.norm_f.weight", torch.full((16,), 2.0))]
     edits.apply(news, dict(small.named_parameters()))
 
     shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
     lifted = edits.compose(first, [one.lift(edit, shapes) for edit in second])
     whole = Surgery(arch, lifted)
-    assert whole.arch.sizes == two.arch.sizes
+    assert whole.arch.sizes == two.arch.sizes and whole.arch.width == two.arch.width == 16
     lifted = edits.compose(lifted, [whole.lift(edit, shapes) for edit in marks + news])
     edits.apply(lifted, dict(model.named_parameters()))
     again = Surgery(arch, lifted).operate(model)
@@ -161,6 +172,7 @@ def test_what_does_not_fit_is_refused():
         Keep("state", None, keep),
         Keep("layer", 0, keep),
         Keep("ssm", 0, keep),
+        Keep("width", None, keep),
         Keep("ssm", None, keep),
     ):
         with pytest.raises(InputError, match="the model has"):
