@@ -77,8 +77,8 @@ Correct = Annotated[
     Literal["none", "rescale", "refit"] | None,
     typer.Option(
         "--correct",
-        help="Make up for what went: by new weights of out_proj, or by those of the norm that heads share.",
-        show_default="refit for channels and heads",
+        help="Make up for what went: by new weights of out_proj, or by those of the norm that units share.",
+        show_default="refit for channels and heads, rescale for width",
         rich_help_panel=WHAT,
     ),
 ]

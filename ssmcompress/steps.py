@@ -20,7 +20,7 @@ METHODS = {  # of each axis, the usual one first
     "ssm": ("shedder", "similarity", "random"),
     "layer": ("shedder", "similarity", "random"),
 }
-REFITTED = ("channel", "head", "head_channel")
+USUAL = {"channel": "refit", "head": "refit", "head_channel": "refit", "width": "rescale"}  # corrections; others: none
 
 
 class Strict(BaseModel):
@@ -102,8 +102,9 @@ class Cut(Strict):
 
     `keep` is the share that stays (up to 1) or their number (above 1); `target` a budget: params=75%, state=50% or
     memory=500MB, of the whole model. `correct` makes up for what went: refit solves each out_proj for the dense block's
-    output, and is usual for channels and heads; rescale corrects the norms that heads, or dimensions, share. `any_size`
-    lets sizes pass that kernels run slowly or not at all; `stock_only` those alone that a config of transformers says.
+    output, and is usual for channels and heads; rescale corrects the norms that heads, or dimensions, share, and is
+    usual for the latter. `any_size` lets sizes pass that kernels run slowly or not at all; `stock_only` refuses those
+    that no config of transformers says.
     """
 
     step: Literal["prune"] = "prune"
@@ -145,8 +146,8 @@ class Cut(Strict):
 
     @property
     def correction(self) -> str:
-        """What makes up for the units that went; usually a refit where it helped on the validation novel."""
-        return self.correct or ("refit" if self.axis in REFITTED else "none")
+        """What makes up for the units that went; usually what helped on the validation novel."""
+        return self.correct or USUAL.get(self.axis, "none")
 
     @property
     def calibrated(self) -> bool:
