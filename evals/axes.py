@@ -32,8 +32,8 @@ from ssmcompress.steps import METHODS, Cut
 HERE = Path(__file__).parent
 KEPT = HERE / "results"
 MODELS = {
-    "mamba": ("state", "channel", "dt_rank", "layer"),
-    "mamba2": ("state", "head", "head_channel", "layer"),
+    "mamba": ("state", "channel", "dt_rank", "width", "ssm", "layer"),
+    "mamba2": ("state", "head", "head_channel", "width", "ssm", "layer"),
 }
 ACROSS = {  # of each axis the scores and the correction whose units compete over the whole model too
     "state": (("ghost",), "none"),
@@ -72,9 +72,10 @@ def cases(model: str) -> Iterator[Cut]:
         for keep in (0.75, 0.5):
             for method in METHODS[axis]:
                 corrections = ["none"]
-                if keep == 0.5 and axis not in ("layer", "dt_rank"):
+                if keep == 0.5 and axis not in ("width", "ssm", "layer", "dt_rank"):
                     corrections += ["refit"]
-                if keep == 0.5 and axis in ("head", "head_channel") and method in ("minitron", "flap"):
+                shared = axis == "width" or (axis in ("head", "head_channel") and method in ("minitron", "flap"))
+                if keep == 0.5 and shared:
                     corrections += ["rescale"]
                 for correct in corrections:
                     yield Cut.model_validate(

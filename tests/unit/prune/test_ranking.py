@@ -131,6 +131,6 @@ def test_layers_that_differ_are_cut_by_what_their_own_units_own():
     assert [int(edit.keep.sum()) for edit in found] == [3, 1]
     assert Surgery(arch, found).operate(model)(IDS).logits.isfinite().all()
     axis = arch.axes(1)["head"]
-    fisher = squared_gradients(model, IDS, axis)
+    fisher = squared_gradients(model, IDS, axis.tensors)
     wanted = Scorer(arch, axis, 1, arch.blocks(model)[1], fisher=fisher).score("taylor")
     assert torch.equal(rank(model, arch, Cut(axis="head", keep=0.5, scope="model"), (3, 1), IDS)[1], wanted)
