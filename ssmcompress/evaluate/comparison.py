@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from ssmcompress.checkpoint.output import COMPARISON as NAME
 from ssmcompress.checkpoint.output import output
 from ssmcompress.errors import GateError, InputError
 from ssmcompress.evaluate.compare import LEVEL, RESAMPLES, Difference, Interval, Kind, Samples, differences
@@ -18,7 +19,6 @@ from ssmcompress.evaluate.evaluation import require_seed
 from ssmcompress.evaluate.results import Results, read
 from ssmcompress.events import Emit, Finished, Note, Table, ignore, number
 
-NAME = "comparison.json"
 ALL = "all"  # the key of a bound for every measure
 
 LOST = "Compress less, or allow more with --max-drop."
@@ -145,7 +145,7 @@ def compare(
     _warn(names, found, emit)
     _tell(comparison, emit)
     if out is not None:
-        with output(out, overwrite=overwrite) as folder:
+        with output(out, marked=NAME, overwrite=overwrite) as folder:
             (folder / NAME).write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
         emit(Finished(str(out)))
     if failures:

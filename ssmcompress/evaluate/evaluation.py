@@ -14,7 +14,7 @@ import torch
 
 from ssmcompress.arch.base import mixers
 from ssmcompress.checkpoint.manifest import describe, versions
-from ssmcompress.checkpoint.output import output
+from ssmcompress.checkpoint.output import RESULTS, output
 from ssmcompress.checkpoint.source import Checkpoint, load, require_embedded, resolve
 from ssmcompress.errors import BackendError, InputError
 from ssmcompress.evaluate import speed as timing
@@ -100,7 +100,7 @@ def evaluate(
         resolve(against)  # before anything is measured
     record = describe(source)
     key = asked.key(model=record.sha256, device=device, dtype=dtype, backend=backend)
-    writing = {"overwrite": overwrite, "source": source, "resumable": True, "recipe_hash": key}
+    writing = {"marked": RESULTS, "overwrite": overwrite, "source": source, "resumable": True, "recipe_hash": key}
     with _folder(out, writing) as folder:
         done = Measures(folder, emit)
         with done.kept(HARNESS):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from ssmcompress.checkpoint import shards
-from ssmcompress.checkpoint.output import carry, output, write
+from ssmcompress.checkpoint.output import CHECKPOINT, COMPARISON, RESULTS, carry, output, write
 from ssmcompress.checkpoint.source import load, resolve
 from ssmcompress.errors import InputError, ResourceError
 from tests.unit.checkpoint.folders import save
@@ -23,9 +23,9 @@ def names(folder: Path) -> list[str]:
 
 
 def finish(folder: Path, text: str = "{}", **options: object) -> None:
-    with output(folder, **options) as partial:  # type: ignore[arg-type]
+    with output(folder, **{"marked": RESULTS} | options) as partial:  # type: ignore[arg-type]
         (partial / "config.json").write_text(text)
-        (partial / "summary.json").write_text('{"schema_version": 1}')
+        (partial / str(options.get("marked", RESULTS))).write_text('{"schema_version": 1}')
 
 
 def test_written_under_another_name_then_renamed(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_failure_leaves_nothing(error: type[BaseException], tmp_path: Path) ->
 
 def test_a_failed_overwrite_keeps_the_old(tmp_path: Path) -> None:
     finish(tmp_path / "out", "old")
-    with pytest.raises(KeyboardInterrupt), output(tmp_path / "out", overwrite=True):
+    with pytest.raises(KeyboardInterrupt), output(tmp_path / "out", marked=RESULTS, overwrite=True):
         raise KeyboardInterrupt
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "config.json").read_text() == "old"
 
@@ -91,6 +91,24 @@ def test_what_is_not_ours_is_never_replaced(kind: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not look like"):
         finish(tmp_path / "out", overwrite=True)
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("old", [CHECKPOINT, RESULTS, COMPARISON])
+@pytest.mark.parametrize("new", [CHECKPOINT, RESULTS, COMPARISON])
+def test_only_an_output_of_the_same_kind_is_replaced(old: str, new: str, tmp_path: Path) -> None:
+    finish(tmp_path / "out", "old", marked=old)
+    if old == new:
+        return finish(tmp_path / "out", "new", marked=new, overwrite=True)
+    with pytest.raises(InputError, match="is not replaced by"):
+        finish(tmp_path / "out", "new", marked=new, overwrite=True)
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_a_checkpoint_with_results_in_it_is_a_checkpoint(tmp_path: Path) -> None:
+    finish(tmp_path / "out", marked=CHECKPOINT)
+    (tmp_path / "out" / RESULTS).write_text('{"schema_version": 1}')
+    with pytest.raises(InputError, match="holds a checkpoint"):
+        finish(tmp_path / "out", overwrite=True)
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
