@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 import ssmcompress
-from ssmcompress.errors import ResourceError, SsmcompressError
+from ssmcompress.errors import ResourceError, SsmcompressError, out_of_memory
 from ssmcompress.events import Emit, Failed, JsonLines, Terminal
 from ssmcompress.options import (
     GATE,
@@ -116,7 +116,7 @@ def _resource(error: Exception) -> ResourceError | None:
     if code in RESOURCES:
         name = getattr(error, "filename2", None) or getattr(error, "filename", None) or "A file"
         return ResourceError(f"{name} {RESOURCES[code]}.", hint="Make room, or choose another folder with --out.")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if out_of_memory(error):
         return ResourceError("Memory ran out.", hint="Lower --windows, --length or --batch-size.")
     return None
 

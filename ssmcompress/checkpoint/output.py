@@ -19,7 +19,7 @@ from ssmcompress.checkpoint import shards
 from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.manifest import NAME as CHECKPOINT
 from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
-from ssmcompress.errors import InputError, ResourceError, SsmcompressError
+from ssmcompress.errors import InputError, ResourceError, SsmcompressError, out_of_memory
 from ssmcompress.paths import expanded
 
 # with a schema_version, one of them marks a folder as an output
@@ -58,14 +58,15 @@ def output(
     overwrite: bool = False,
     recipe_hash: str = "",
     resumable: bool = False,
+    whatever_fails: bool = False,
     source: Source | None = None,
 ) -> Iterator[Path]:
     """Yields the empty folder `DIR.partial` to write into: it becomes DIR when the block ends, vanishes when it fails.
 
-    Resumable, it stays after an interrupt or where the machine ran out of something, and a later call of the same
-    recipe hash finds it as it was left. `marked` is the file by which an output of this kind is known: only another of
-    the same kind is replaced. Raises InputError where DIR exists and may not be replaced, ResourceError for a second
-    writer, a full disk or no permission.
+    Resumable, it stays after an interrupt or where the machine ran out of something, or indeed `whatever_fails`, and a
+    later call of the same recipe hash finds it as it was left. `marked` is the file by which an output of this kind is
+    known: only another of the same kind is replaced. Raises InputError where DIR exists and may not be replaced,
+    ResourceError for a second writer, a full disk or no permission.
     """
     final = expanded(folder).resolve()
     if final == final.parent or any(parent.exists() and not parent.is_dir() for parent in final.parents):
@@ -85,7 +86,7 @@ def output(
                 (final / MARKER).unlink(missing_ok=True)  # only now: without it nobody could go on with the folder
             except BaseException as error:
                 worth = any(path.name != MARKER for path in partial.iterdir()) if partial.exists() else False
-                if not (resumable and recipe_hash and worth and _passing(error)):
+                if not (resumable and recipe_hash and worth and (whatever_fails or _passing(error))):
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
 
@@ -142,8 +143,10 @@ def carry(source: Source, folder: Path) -> None:
 
 def _passing(error: BaseException) -> bool:
     """Whether the same run may succeed another time."""
-    return isinstance(error, KeyboardInterrupt | BrokenPipeError | ResourceError | MemoryError) or (
-        isinstance(error, OSError) and error.errno in LACKING
+    return (
+        isinstance(error, KeyboardInterrupt | BrokenPipeError | ResourceError)
+        or (isinstance(error, OSError) and error.errno in LACKING)
+        or out_of_memory(error)
     )
 
 

@@ -100,9 +100,9 @@ def evaluate(
         resolve(against)  # before anything is measured
     record = describe(source)
     key = asked.key(model=record.sha256, device=device, dtype=dtype, backend=backend)
-    writing = {"marked": RESULTS, "overwrite": overwrite, "source": source, "resumable": True, "recipe_hash": key}
+    writing = {"marked": RESULTS, "overwrite": overwrite, "source": source, "recipe_hash": key}
     with _folder(out, writing) as folder:
-        done = Measures(folder, emit)
+        done = Measures(folder, ignore if out is None else emit)
         with done.kept(HARNESS):
             checkpoint = load(source, dtype=compute_dtype(dtype, device), device=device, backend=backend)
             required_tokenizer(checkpoint)
@@ -179,7 +179,7 @@ def _folder(out: str | Path | None, writing: dict[str, Any]) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     else:
-        with output(out, **writing) as folder:
+        with output(out, resumable=True, whatever_fails=True, **writing) as folder:
             yield folder
 
 

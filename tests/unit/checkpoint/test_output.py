@@ -148,6 +148,24 @@ def test_a_reader_who_leaves_costs_nothing_that_was_finished(tmp_path: Path) -> 
     assert (partial / "half").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "settings", "left"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), {}, True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), {}, True),
+        (MemoryError(), {}, True),
+        (InputError("NaN"), {}, False),
+        (InputError("NaN"), {"whatever_fails": True}, True),
+    ],
+)
+def test_what_is_left_depends_on_what_failed(error: Exception, settings: dict, left: bool, tmp_path: Path) -> None:
+    given = {"recipe_hash": "abc", "resumable": True} | settings
+    with pytest.raises(type(error)), output(tmp_path / "out", **given) as partial:
+        (partial / "half").write_text("half")
+        raise error
+    assert (partial / "half").exists() == left
+
+
 @pytest.mark.parametrize("again", [{}, {"recipe_hash": "other", "resumable": True}, {"recipe_hash": "abc"}])
 def test_another_recipe_starts_afresh(again: dict, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
