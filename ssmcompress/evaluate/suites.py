@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ssmcompress.errors import InputError
+from ssmcompress.mapping import mapping, twice
 from ssmcompress.paths import expanded
 
 TASKS = "tasks"  # the folder of the shipped tasks, beside the suites
@@ -91,7 +92,10 @@ def read(name: str) -> Suite:
     path = shipped(f"{name}.yaml") if name in names() else expanded(name)
     hint = f"Shipped are {', '.join(names())}: see {shipped(TASKS).parent}."
     try:
-        return Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        tree, fields = mapping(path.read_text(encoding="utf-8"))
+        if said := twice(tree):
+            raise InputError(f"The suite {path}: {'; '.join(said)}.")
+        return Suite.model_validate(fields)
     except OSError as error:
         raise InputError(f"The suite {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
