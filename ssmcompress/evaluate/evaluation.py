@@ -116,6 +116,7 @@ def evaluate(
                 memory,
                 source=record,
                 text=perplexity,
+                asked_sha256=key,
                 seed=seed,
                 backend=next(mixers(checkpoint.model)).backend.names(device, used),
                 dtype=str(used),
@@ -145,6 +146,14 @@ def measures(
         raise InputError("The eval section measures nothing.", hint="Name a text, tasks or a suite, or leave it out.")
     found = [TEXT] * bool(asked.documents) + [recall_measure(*probe) for probe in probes.PROBES] * asked.recall
     return found + [name for names in (asked.harness.measures.values() if asked.harness else ()) for name in names]
+
+
+def identity(
+    model: str, *, length: int, batch_size: int, seed: int, device: str, dtype: str, backend: str, **measured: Any
+) -> str:
+    """The `asked_sha256` of the results that `evaluate` would give now, asked for these measures."""
+    _, asked = _asked(**measured, settings=(length, batch_size, seed))
+    return asked.key(model=describe(resolve(model)).sha256, device=device, dtype=dtype, backend=backend)
 
 
 def _asked(
