@@ -222,7 +222,7 @@ def evaluate(
     backend: Kernels = "auto",
 ) -> None:
     """Measure a checkpoint as it lies on disk."""
-    _call("evaluate", **locals() | {"tasks": tuple(name for name in (tasks or "").split(",") if name)})
+    _call("evaluate", **locals() | {"tasks": () if tasks is None else tasks})
 
 
 @app.command(epilog="Example: ssmcompress compare results/dense results/wanda50 --max-drop 0.01")

@@ -60,7 +60,7 @@ def evaluate(
     *,
     perplexity: str | None = None,
     recall: bool = False,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     suite: str | None = None,
     include_path: str | Path | None = None,
     num_fewshot: int | None = None,
@@ -82,13 +82,15 @@ def evaluate(
 
     Asked for nothing, it measures perplexity on the shipped text ("default").
     Tasks are lm-eval's, one after another; asked for again, an interrupted run goes on after the last finished one.
+    A text of them names several with commas.
     Speed is measured last and told in speed.json; `against` is a second model, timed in turns with this one.
     Raises InputError for a model without a tokenizer or that gives NaN, a text or task that cannot be read, or an
     output that exists.
     """
     require_seed(seed)
     timing.parsed(lengths)
-    if not (perplexity or recall or tasks or suite or speed):
+    tasks = suites.listed(tasks)
+    if not (perplexity or recall or tasks or suite or speed or against):
         perplexity = "default"
     settings = length, batch_size, seed
     chosen, asked = _asked(perplexity, recall, tasks, suite, include_path, limit, num_fewshot, settings)

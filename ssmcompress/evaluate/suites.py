@@ -69,6 +69,15 @@ class Suite(BaseModel):
         )
 
 
+def listed(tasks: str | Sequence[str]) -> tuple[str, ...]:
+    """Tasks by name, of which a text names several with commas; InputError where such a text names none."""
+    if not isinstance(tasks, str):
+        return tuple(tasks)
+    if found := tuple(name.strip() for name in tasks.split(",") if name.strip()):
+        return found
+    raise InputError(f"--tasks {tasks!r} names no task.", hint="Write --tasks arc_easy_local, or leave it out.")
+
+
 def shipped(name: str) -> Path:
     """A file or folder of the suites: beside the package's modules in a wheel, in `evals/suites` of a checkout."""
     package = Path(__file__).parent.parent
