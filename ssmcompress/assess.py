@@ -4,8 +4,9 @@ from pathlib import Path
 
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.source import resolve
-from ssmcompress.evaluate.comparison import compare, require_known
 from ssmcompress.errors import InputError
+from ssmcompress.evaluate.bounds import require_known
+from ssmcompress.evaluate.comparison import compare
 from ssmcompress.evaluate.evaluation import evaluate, identity, measures
 from ssmcompress.evaluate.results import read as read_results
 from ssmcompress.events import Emit, ignore

@@ -78,10 +78,7 @@ class Item(BaseModel):
 
 
 class Summary(BaseModel):
-    """Figures of a checkpoint; bytes are those of the weights as stored and of one sequence's recurrent state.
-
-    `asked_sha256` is equal where the same was asked of the same model, in the same versions.
-    """
+    """Figures of a checkpoint; bytes are those of the weights as stored and of one sequence's recurrent state."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -106,7 +103,7 @@ class Summary(BaseModel):
     label: str = ""
     source: str | None = None
     recipe_sha256: str | None = None
-    asked_sha256: str | None = None
+    asked_sha256: str | None = None  # equal where the same was asked of the same model, in the same versions
     tasks: tuple[TaskScore, ...] = ()
     harness_versions: dict[str, str] = {}
     seeds: dict[str, int] = {}
