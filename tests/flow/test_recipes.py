@@ -51,7 +51,7 @@ def test_a_recipe_is_run_measured_and_compared(run, mine, tmp_path):
 
 def test_a_gate_fails_when_all_is_written_and_says_so_again(run, nothing_again, tmp_path):
     out = tmp_path / "out"
-    overrides = ("sparsity=0.9", "perplexity=novels", "limit=12", "recall=false", "tasks=[]")
+    overrides = ("sparsity=0.9", "perplexity=novels", "limit=12", "suite=null")
     given = ("run", "smoke/magnitude-50", *overrides)
     code, printed, err = run(*given, "max_drop=0.01", "--out", out)
     assert code == 5 and "text/bits_per_byte lost more than allowed" in err
