@@ -3,8 +3,10 @@
 python -m evals.regress            a table for each run; exit code 5 where something got worse than its tolerance
 python -m evals.regress --rebase   renews evals/baselines on purpose
 
-A baseline holds what every item scored, so that runs are compared in pairs. The tolerance of a measure is half the
-width of the paired interval of what the recipe itself costs: what the items at hand can tell apart.
+A baseline holds what every item scored, so that runs are compared in pairs: what got worse fails where its own paired
+interval, after Holm, excludes zero and the loss exceeds a tolerance. That is half the width of the paired interval of
+what the recipe itself costs, which the items at hand can tell apart, but at most a tenth (ten points of an accuracy):
+a loss beyond that is never let through because the items are few. Where they cannot exclude one, it says `undecided`.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import numpy as np
 import ssmcompress
 from ssmcompress.assess import COMPRESSED, DENSE
 from ssmcompress.checkpoint import manifest
-from ssmcompress.evaluate.compare import Samples, differences
+from ssmcompress.evaluate.compare import Difference, Samples, differences
 from ssmcompress.evaluate.comparison import Row
 from ssmcompress.evaluate.results import read
 from ssmcompress.events import Note, Table, Terminal, number
@@ -29,6 +31,7 @@ BASELINES = Path(__file__).parent / "baselines"
 RECIPES = ("smoke/magnitude-50", "smoke/wanda-50", "smoke/sparsegpt-2-4")
 MODELS = ("ref:mamba", "ref:mamba2")
 COLUMNS = ("measure", "items", "baseline", "now", "change [adjusted interval]", "tolerance", "")
+WIDEST = 0.1  # of all tolerances
 FAILED = 5
 Baseline = dict[str, Any]
 
@@ -63,7 +66,7 @@ def measured(model: str, recipe: str, out: Path) -> Baseline:
     dense, compressed = (read(out / manifest.EVALUATION / name) for name in (DENSE, COMPRESSED))
     made = manifest.read(out)
     cost = differences(list(dense.samples.values()), list(compressed.samples.values()))
-    widths = {each.measure: (each.interval[1] - each.interval[0]) / 2 if each.interval else 0.0 for each in cost}
+    tolerances = {each.measure: _tolerance(each) for each in cost}
     return {
         "model": model,
         "recipe": recipe,
@@ -74,7 +77,7 @@ def measured(model: str, recipe: str, out: Path) -> Baseline:
             "backend": made.backend,
         },
         "exact": {"params": compressed.summary.params, "sparsity": round(made.sparsity, 6)},
-        "measures": {name: _measure(each, widths[name]) for name, each in compressed.samples.items()},
+        "measures": {name: _measure(each, tolerances[name]) for name, each in compressed.samples.items()},
     }
 
 
@@ -92,7 +95,7 @@ def judged(baseline: Baseline, now: Baseline) -> tuple[list[tuple[str, ...]], li
     pairs = [_samples(name, measures[name]) for measures in (old, new) for name in names]
     rows = []
     for found in differences(pairs[: len(names)], pairs[len(names) :]):
-        tolerance = max(old[found.measure]["tolerance"], 1 / found.items if found.kind == "accuracy" else 0.0)
+        tolerance = old[found.measure]["tolerance"]
         row = Row.of(found, tolerance)
         low, high = found.adjusted or (found.change, found.change)
         change = f"{found.change:+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -101,6 +104,13 @@ def judged(baseline: Baseline, now: Baseline) -> tuple[list[tuple[str, ...]], li
         if row.gate == "fails":
             failed.append(f"{found.measure} lost {found.loss:.4f}, more than {tolerance:.4f}")
     return rows, failed
+
+
+def _tolerance(cost: Difference) -> float:
+    """What may be lost of a measure, from what the recipe costs; one item at least, where answers are counted."""
+    low, high = cost.interval or (-WIDEST, WIDEST)
+    one = 1 / cost.items if cost.kind == "accuracy" else 0.0
+    return min(max((high - low) / 2, one), WIDEST)
 
 
 def _measure(samples: Samples, tolerance: float) -> dict[str, Any]:

@@ -4,11 +4,15 @@ from pathlib import Path
 
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.source import resolve
-from ssmcompress.evaluate.comparison import compare, require_known
-from ssmcompress.evaluate.evaluation import evaluate, measures
-from ssmcompress.evaluate.results import NAME
+from ssmcompress.errors import InputError
+from ssmcompress.evaluate.bounds import require_known
+from ssmcompress.evaluate.comparison import compare
+from ssmcompress.evaluate.evaluation import evaluate, identity, measures
+from ssmcompress.evaluate.results import read as read_results
 from ssmcompress.events import Emit, ignore
 from ssmcompress.recipe import Recipe
+from ssmcompress.recipes import read
+from ssmcompress.record import RECIPE
 
 DENSE, COMPRESSED, COMPARISON = "dense", "compressed", "comparison"
 
@@ -22,7 +26,7 @@ def foresee(recipe: Recipe) -> None:
 
 
 def assess(recipe: Recipe, folder: Path, emit: Emit = ignore) -> None:
-    """Evaluates what a run wrote beside its source, below `folder`/eval; what is there already is not measured again.
+    """Evaluates what a run wrote beside its source, below `folder`/eval; what was measured so already is not again.
 
     Raises GateError, once all is told and written, where more was lost than the recipe's gate lets through.
     """
@@ -30,8 +34,8 @@ def assess(recipe: Recipe, folder: Path, emit: Emit = ignore) -> None:
     results = folder / manifest.EVALUATION
     settings = recipe.eval.model_dump() | recipe.model_dump(include={"seed", "device", "dtype", "backend"})
     for name, model in ((DENSE, recipe.model), (COMPRESSED, str(folder))):
-        if not (results / name / NAME).exists():
-            evaluate(model, out=results / name, emit=emit, **settings)
+        if not _measured(results / name, identity(model, **settings)):
+            evaluate(model, out=results / name, overwrite=True, emit=emit, **settings)
     gate = recipe.gate
     bounds = (
         [str(bound) if name == "all" else f"{name}={bound}" for name, bound in gate.max_drop.items()] if gate else []
@@ -41,12 +45,20 @@ def assess(recipe: Recipe, folder: Path, emit: Emit = ignore) -> None:
     compare(*pair, max_drop=bounds, strict=strict, out=results / COMPARISON, overwrite=True, emit=emit)
 
 
-def left_to_assess(recipe: Recipe, folder: Path) -> bool:
-    """Whether this recipe wrote the model in the folder, which is as it was written, but did not get to compare it."""
-    if not (folder / manifest.NAME).exists() or (folder / manifest.EVALUATION / COMPARISON).exists():
+def made_by(recipe: Recipe, folder: Path) -> bool:
+    """Whether the folder holds what this recipe makes of its model as it is now, unchanged since it was written."""
+    if not (folder / manifest.NAME).exists() or manifest.changed(folder):
         return False
-    return manifest.read(folder).recipe_sha256 == _portable(recipe).sha256() and not manifest.changed(folder)
+    made, source = manifest.read(folder), resolve(recipe.model)
+    if made.verb != "prune" or made.source.sha256 != manifest.describe(source).sha256:
+        return False
+    told = read(str(folder / RECIPE))
+    return told.making().sha256() == recipe.portable(source.label).making().sha256()
 
 
-def _portable(recipe: Recipe) -> Recipe:
-    return recipe.portable(resolve(recipe.model).label)
+def _measured(results: Path, key: str) -> bool:
+    """Whether results of this identity are there, whole."""
+    try:
+        return read_results(results).summary.asked_sha256 == key
+    except InputError:
+        return False

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 import ssmcompress
-from ssmcompress.errors import ResourceError, SsmcompressError
+from ssmcompress.errors import ResourceError, SsmcompressError, out_of_memory
 from ssmcompress.events import Emit, Failed, JsonLines, Terminal
 from ssmcompress.options import (
     GATE,
@@ -117,7 +117,7 @@ def _resource(error: Exception) -> ResourceError | None:
     if code in RESOURCES:
         name = getattr(error, "filename2", None) or getattr(error, "filename", None) or "A file"
         return ResourceError(f"{name} {RESOURCES[code]}.", hint="Make room, or choose another folder with --out.")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if out_of_memory(error):
         return ResourceError("Memory ran out.", hint="Lower --windows, --length or --batch-size.")
     return None
 
@@ -224,7 +224,7 @@ def evaluate(
     backend: Kernels = "auto",
 ) -> None:
     """Measure a checkpoint as it lies on disk."""
-    _call("evaluate", **locals() | {"tasks": tuple(name for name in (tasks or "").split(",") if name)})
+    _call("evaluate", **locals() | {"tasks": () if tasks is None else tasks})
 
 
 @app.command(epilog="Example: ssmcompress compare results/dense results/wanda50 --max-drop 0.01")

@@ -44,3 +44,9 @@ class GateError(SsmcompressError):
     """A quality gate that failed."""
 
     exit_code = 5
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch or its allocator found no memory."""
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for it
+    return isinstance(error, MemoryError) or named or "can't allocate memory" in str(error)

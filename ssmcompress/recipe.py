@@ -101,6 +101,10 @@ class Recipe(Strict):
         said["steps"] = [{"step": step.step} | beyond_defaults(step) for step in self.steps]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
+    def making(self) -> "Recipe":
+        """What makes the model: all but what is measured of it and may be lost."""
+        return self.model_copy(update={"eval": None, "gate": None})
+
     def portable(self, model: str) -> "Recipe":
         """The same recipe as records name it: without the paths of this machine."""
         text = self.calibrate.text

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from ssmcompress.errors import InputError, RecipeError, ResourceError
 from ssmcompress.events import Emit, Finished, Output, Table, ignore
+from ssmcompress.mapping import mapping, twice
 from ssmcompress.paths import expanded
 from ssmcompress.recipe import SECTIONS, Recipe, sentence, where_in
 from ssmcompress.steps import SPARSESSM, Cut, step_kind
@@ -72,9 +73,8 @@ def read(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def parse(text: str, name: str = "the recipe", overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a YAML text; RecipeError where it is none."""
     try:
-        tree, fields = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-        twice = _twice(tree)
-    except (yaml.YAMLError, RecursionError) as error:
+        tree, fields = mapping(text)
+    except yaml.YAMLError as error:
         raise RecipeError(f"{name} is not YAML: {error}.") from None
     if not isinstance(fields, dict) or not isinstance(tree, yaml.MappingNode):
         raise RecipeError(f"{name} is not a mapping.", hint="It starts with `model:` and `steps:`.")
@@ -87,9 +87,9 @@ def parse(text: str, name: str = "the recipe", overrides: Sequence[str] = ()) ->
         made = Recipe.model_validate(fields)
     except ValidationError as error:
         found = [f"line {_line(tree, where_in(item['loc']))}: {sentence(item)}" for item in error.errors()]
-        raise RecipeError(f"{name} is not valid.\n" + "\n".join(twice + found)) from None
-    if twice:
-        raise RecipeError(f"{name} is not valid.\n" + "\n".join(twice))
+        raise RecipeError(f"{name} is not valid.\n" + "\n".join(twice(tree) + found)) from None
+    if found := twice(tree):
+        raise RecipeError(f"{name} is not valid.\n" + "\n".join(found))
     return made
 
 
@@ -134,7 +134,9 @@ def _override(fields: dict[str, Any], assignment: str) -> tuple[Any, str, Any]:
             if isinstance(place, dict) and place.get(part) is None:
                 place[part] = {}
             place = place[int(part) if isinstance(place, list) else part]
-        found = yaml.safe_load(value)
+        tree, found = mapping(value)
+        if said := twice(tree):
+            raise RecipeError(f"The value of {assignment!r} is not valid: {'; '.join(said)}.")
         if isinstance(found, int) and ":" in value:  # 2:4, which YAML 1.1 reads as two minutes and four seconds
             found = value
         place[int(last) if isinstance(place, list) else last] = found
@@ -183,19 +185,3 @@ def _line(node: Any, loc: Sequence[int | str]) -> int:
             break
         line, node = found[0].start_mark.line, found[1]
     return line + 1
-
-
-def _twice(node: Any) -> list[str]:
-    """A sentence for every key that one mapping holds twice: YAML itself takes the last, silently."""
-    found: list[str] = []
-    if isinstance(node, yaml.MappingNode):
-        names = [key.value for key, _ in node.value]
-        found += [
-            f"line {key.start_mark.line + 1}: {key.value}: this key is there twice"
-            for i, (key, _) in enumerate(node.value)
-            if key.value in names[:i]
-        ]
-    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
-        for each in child if isinstance(child, tuple) else (child,):
-            found += _twice(each)
-    return found

@@ -15,7 +15,7 @@ from ssmcompress import edits as editing
 from ssmcompress import record
 from ssmcompress.arch.base import mixers
 from ssmcompress.arch.surgery import Surgery
-from ssmcompress.assess import assess, foresee, left_to_assess
+from ssmcompress.assess import assess, foresee, made_by
 from ssmcompress.calib import data
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.layout import EMBEDDING
@@ -87,8 +87,9 @@ def run(
 ) -> Result:
     """Does what a recipe says, given as such, by its shipped name or by its path, with `key=value` overrides.
 
-    Where its eval section is left to do in a folder that the same recipe wrote, it goes on there. Raises RecipeError
-    for a recipe that will not do, GateError where more was lost than its gate lets through.
+    Where the model that its steps make lies in `out` already, only what its eval section still lacks is measured, and
+    the gate is told anew. Raises RecipeError for a recipe that will not do, GateError where more was lost than its gate
+    lets through.
     """
     if isinstance(recipe, str):
         recipe = read(recipe, overrides)
@@ -96,8 +97,8 @@ def run(
         return _compress(recipe, out, overwrite=overwrite, measure=not no_eval, emit=emit)
     foresee(recipe)
     folder = expanded(out)
-    if not overwrite and left_to_assess(recipe, folder):
-        emit(Note(f"{out} is there already: only what is left of its evaluation is done."))
+    if not overwrite and made_by(recipe, folder):
+        emit(Note(f"{out} holds this model already: only what is left of its evaluation is done."))
         result = Result(folder, editing.load(folder / EDITS).items, None, None)
     else:
         result = _compress(recipe, out, overwrite=overwrite, measure=False, emit=emit)
@@ -142,7 +143,7 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
 
 def _key(recipe: Recipe, origin: manifest.SourceRecord, measure: bool) -> str:
     """What an unfinished folder must share with a run that goes on with it."""
-    said = [recipe.sha256(), origin.model_dump(), manifest.versions(), measure]
+    said = [recipe.making().sha256(), origin.model_dump(), manifest.versions(), measure]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 

@@ -157,8 +157,6 @@ class Cut(Strict):
             )
         if self.scope and self.axis in WHOLE:
             raise ValueError(f"scope has no meaning with the axis {self.axis}, which is one for the whole model")
-        if self.scope == "model" and self.rotates:
-            raise ValueError("rotate scores no states that could compete over the whole model; choose another method")
         if self.method not in (None, *METHODS[self.axis]):
             near = get_close_matches(str(self.method), METHODS[self.axis], n=1)
             known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS[self.axis])}"

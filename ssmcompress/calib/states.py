@@ -60,6 +60,12 @@ class Gramians(Statistic):
         """An empty one for such a scan."""
         return cls(*x.C.shape[2:])
 
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """E[h hᵀ] and E[C Cᵀ], each [groups, states, states]."""
+        held, read = self.total / self.count
+        return held, read
+
     def add(self, x: Any) -> None:
         """Takes in a scan of whole windows."""
         scan: Scan = x

@@ -17,12 +17,14 @@ from torch import Tensor
 from ssmcompress.arch.pruned import CODE, auto_map
 from ssmcompress.checkpoint import shards
 from ssmcompress.checkpoint.layout import EMBEDDING
+from ssmcompress.checkpoint.manifest import NAME as CHECKPOINT
 from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
-from ssmcompress.errors import InputError, ResourceError, SsmcompressError
+from ssmcompress.errors import InputError, ResourceError, SsmcompressError, out_of_memory
 from ssmcompress.paths import expanded
 
 # with a schema_version, one of them marks a folder as an output
-OURS = ("ssmcompress.json", "summary.json", "comparison.json")
+RESULTS, COMPARISON = "summary.json", "comparison.json"
+OURS = {CHECKPOINT: "a checkpoint", RESULTS: "results of an evaluation", COMPARISON: "a comparison"}
 MARKER = ".recipe"  # marks an unfinished folder as ours: the hash of the recipe that may go on with it, if any
 CARRIED = (
     "generation_config.json",
@@ -52,16 +54,19 @@ LACKING = {
 def output(
     folder: str | Path,
     *,
+    marked: str = CHECKPOINT,
     overwrite: bool = False,
     recipe_hash: str = "",
     resumable: bool = False,
+    whatever_fails: bool = False,
     source: Source | None = None,
 ) -> Iterator[Path]:
     """Yields the empty folder `DIR.partial` to write into: it becomes DIR when the block ends, vanishes when it fails.
 
-    Resumable, it stays after an interrupt or where the machine ran out of something, and a later call of the same
-    recipe hash finds it as it was left. Raises InputError where DIR exists and may not be replaced, ResourceError for
-    a second writer, a full disk or no permission.
+    Resumable, it stays after an interrupt or where the machine ran out of something, or indeed `whatever_fails`, and a
+    later call of the same recipe hash finds it as it was left. `marked` is the file by which an output of this kind is
+    known: only another of the same kind is replaced. Raises InputError where DIR exists and may not be replaced,
+    ResourceError for a second writer, a full disk or no permission.
     """
     final = expanded(folder).resolve()
     if final == final.parent or any(parent.exists() and not parent.is_dir() for parent in final.parents):
@@ -71,9 +76,9 @@ def output(
         _make(final.parent)
         with _lock(final):
             if aside.exists():  # a run was killed between its last two renames
-                _require_ours(aside)
+                _kind(aside)
                 shutil.rmtree(aside) if final.exists() else aside.rename(final)
-            _permit(final, overwrite, source)
+            _permit(final, marked, overwrite, source)
             _prepare(partial, recipe_hash if resumable else "")
             try:
                 yield partial
@@ -81,7 +86,7 @@ def output(
                 (final / MARKER).unlink(missing_ok=True)  # only now: without it nobody could go on with the folder
             except BaseException as error:
                 worth = any(path.name != MARKER for path in partial.iterdir()) if partial.exists() else False
-                if not (resumable and recipe_hash and worth and _passing(error)):
+                if not (resumable and recipe_hash and worth and (whatever_fails or _passing(error))):
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
 
@@ -138,8 +143,10 @@ def carry(source: Source, folder: Path) -> None:
 
 def _passing(error: BaseException) -> bool:
     """Whether the same run may succeed another time."""
-    return isinstance(error, KeyboardInterrupt | BrokenPipeError | ResourceError | MemoryError) or (
-        isinstance(error, OSError) and error.errno in LACKING
+    return (
+        isinstance(error, KeyboardInterrupt | BrokenPipeError | ResourceError)
+        or (isinstance(error, OSError) and error.errno in LACKING)
+        or out_of_memory(error)
     )
 
 
@@ -185,23 +192,27 @@ def _make(folder: Path) -> None:
         raise ResourceError(f"The folder {folder} cannot be made.", hint="Choose another --out.") from error
 
 
-def _permit(final: Path, overwrite: bool, source: Source | None) -> None:
+def _permit(final: Path, marked: str, overwrite: bool, source: Source | None) -> None:
     if source is not None and source.folder.resolve().is_relative_to(final):
         raise InputError(f"{final} holds the model that is read.", hint="Choose another --out.")
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not overwrite:
         raise InputError(f"{final} exists already.", hint="Choose another --out, or replace it with --overwrite.")
-    _require_ours(final)
+    if (found := _kind(final)) != marked:
+        raise InputError(
+            f"{final} holds {OURS[found]}, and is not replaced by {OURS[marked]}.",
+            hint="Choose another --out, or remove it yourself.",
+        )
 
 
-def _require_ours(folder: Path) -> None:
-    """InputError unless ssmcompress wrote the folder: a config.json alone may be anybody's."""
+def _kind(folder: Path) -> str:
+    """The file that says what ssmcompress wrote there; InputError where none does: a config.json may be anybody's."""
     for name in OURS:
         with contextlib.suppress(OSError, ValueError):
             found = json.loads((folder / name).read_text(encoding="utf-8"))
             if isinstance(found, dict) and "schema_version" in found:
-                return
+                return name
     raise InputError(
         f"{folder} does not look like something ssmcompress wrote, and is not replaced.",
         hint="Choose another --out, or remove it yourself.",

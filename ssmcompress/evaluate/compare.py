@@ -114,7 +114,8 @@ def differences(
 ) -> list[Difference]:
     """Compares B with A measure by measure, both on the same items in the same order, and corrects over all of them.
 
-    Measures on which A is at chance are not tested, and do not count in the correction.
+    Measures on which A is at chance are not tested, and do not count in the correction. What says one thing in several
+    units (word and byte perplexity, bits per byte) is one test, and counts once.
     """
     found, draws = [], []
     for one, other in zip(a, b, strict=True):
@@ -138,11 +139,29 @@ def differences(
                 measurable=one.measurable,
             )
         )
-    tested = [i for i, each in enumerate(found) if each.p is not None]
-    adjusted, levels = holm(np.array([found[i].p for i in tested], float))
-    for i, p, level in zip(tested, adjusted, levels, strict=True):
-        found[i] = replace(found[i], p_holm=float(p), adjusted=interval(draws[i], widened(level, found[i].items)))
+    pairs = list(zip(a, b, strict=True))
+    first = [next(i for i, other in enumerate(pairs) if _one_test(pair, other)) for pair in pairs]
+    tested = [i for i, each in enumerate(found) if each.p is not None and first[i] == i]
+    corrected = dict(zip(tested, zip(*holm(np.array([found[i].p for i in tested], float)), strict=True), strict=True))
+    for i, each in enumerate(found):
+        if first[i] in corrected:
+            p, level = corrected[first[i]]
+            found[i] = replace(each, p_holm=float(p), adjusted=interval(draws[i], widened(level, each.items)))
     return found
+
+
+Pair = tuple[Samples, Samples]
+
+
+def _one_test(one: Pair, other: Pair) -> bool:
+    """Whether two measures are the same log-likelihoods of the same items, but for a factor."""
+    if one is other:
+        return True
+    alike = one[0].kind == other[0].kind == "log_likelihood" and one[0].items == other[0].items
+    return alike and all(
+        np.allclose(x.values * np.abs(y.values).sum(), y.values * np.abs(x.values).sum(), rtol=1e-9, atol=0)
+        for x, y in zip(one, other, strict=True)
+    )
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,9 +1,7 @@
 """The verb `compare`: is what was lost real, and is it more than was allowed?"""
 
-import difflib
-import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -11,15 +9,14 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from ssmcompress.checkpoint.output import COMPARISON as NAME
 from ssmcompress.checkpoint.output import output
 from ssmcompress.errors import GateError, InputError
+from ssmcompress.evaluate import bounds as allowed
 from ssmcompress.evaluate.compare import LEVEL, RESAMPLES, Difference, Interval, Kind, Samples, differences
 from ssmcompress.evaluate.evaluation import require_seed
 from ssmcompress.evaluate.results import Results, read
 from ssmcompress.events import Emit, Finished, Note, Table, ignore, number
-
-NAME = "comparison.json"
-ALL = "all"  # the key of a bound for every measure
 
 LOST = "Compress less, or allow more with --max-drop."
 UNCLEAR = "Evaluate on more items, or on tasks that the reference can do."
@@ -113,7 +110,7 @@ def compare(
     Raises InputError where the evaluations are not of the same items, GateError once all is told and written.
     """
     require_seed(seed)
-    bounds = _bounds(max_drop)
+    bounds = allowed.read(max_drop)
     if len(results) < 2:
         raise InputError("There is nothing to compare with.", hint="Give two or more folders of `eval --out`.")
     if strict and not bounds:
@@ -121,13 +118,15 @@ def compare(
     _require_apart(results, out)
     reference, *others = found = [read(folder) for folder in results]
     pairs = [aligned(reference, other) for other in others]
-    require_known(bounds, list(reference.samples))
+    allowed.require_known(bounds, list(reference.samples))
     names = labels(found)
     candidates = tuple(
         Candidate(
             label=label,
             model_sha256=other.summary.model_sha256,
-            measures=tuple(Row.of(each, _bound(bounds, each.measure)) for each in differences(*pair, seed=seed)),
+            measures=tuple(
+                Row.of(each, allowed.nearest(bounds, each.measure)) for each in differences(*pair, seed=seed)
+            ),
         )
         for label, other, pair in zip(names[1:], others, pairs, strict=True)
     )
@@ -145,7 +144,7 @@ def compare(
     _warn(names, found, emit)
     _tell(comparison, emit)
     if out is not None:
-        with output(out, overwrite=overwrite) as folder:
+        with output(out, marked=NAME, overwrite=overwrite) as folder:
             (folder / NAME).write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
         emit(Finished(str(out)))
     if failures:
@@ -239,48 +238,11 @@ def _sorted(samples: Samples) -> Samples:
     return replace(samples, items=items, values=values, weights=weights)
 
 
-def _bounds(given: Sequence[str | float]) -> dict[str, float]:
-    """The bounds by measure or task; that of every measure as `all`."""
-    found: dict[str, float] = {}
-    for text in map(str, given):
-        name, _, value = text.rpartition("=")
-        name = name or ALL
-        try:
-            bound = float(value)
-        except ValueError:
-            bound = math.nan
-        if not 0 <= bound < math.inf:
-            raise InputError(
-                f"--max-drop {text} holds no number of at least 0.", hint="Write 0.01 or TASK=0.01: one point of 100."
-            )
-        if name in found:
-            raise InputError(
-                f"--max-drop is given twice for {'every measure' if name == ALL else name}.", hint="Give it once."
-            )
-        found[name] = bound
-    return found
-
-
-def _bound(bounds: dict[str, float], measure: str) -> float | None:
-    keys = (measure, measure.partition("/")[0], ALL)
-    return next((bounds[key] for key in keys if key in bounds), None)
-
-
 def _require_apart(results: Sequence[str | Path], out: str | Path | None) -> None:
     """InputError where the output would take the place of what is compared."""
     for folder in results if out is not None else ():
         if Path(folder).expanduser().resolve().is_relative_to(Path(str(out)).expanduser().resolve()):
             raise InputError(f"{out} holds the results that are compared.", hint="Choose another --out.")
-
-
-def require_known(bounds: Iterable[str], measures: Sequence[str]) -> None:
-    """InputError for a bound on what is not among the measures, nor the task or kind of one."""
-    known = sorted({*measures, *(name.partition("/")[0] for name in measures)})
-    for key in bounds:
-        if key != ALL and key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Measured: {', '.join(measures)}."
-            raise InputError(f"There is a bound on {key!r}, which is not measured.", hint=hint)
 
 
 def _failures(candidate: Candidate, bounds: dict[str, float], strict: bool) -> list[str]:

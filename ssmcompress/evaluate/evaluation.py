@@ -15,7 +15,7 @@ import torch
 from ssmcompress.arch.base import mixers
 from ssmcompress.checkpoint.adapter import find
 from ssmcompress.checkpoint.manifest import describe, versions
-from ssmcompress.checkpoint.output import output
+from ssmcompress.checkpoint.output import RESULTS, output
 from ssmcompress.checkpoint.source import Checkpoint, load, require_embedded, resolve
 from ssmcompress.errors import BackendError, InputError
 from ssmcompress.evaluate import speed as timing
@@ -62,7 +62,7 @@ def evaluate(
     adapter: str | Path | None = None,
     perplexity: str | None = None,
     recall: bool = False,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     suite: str | None = None,
     include_path: str | Path | None = None,
     num_fewshot: int | None = None,
@@ -85,13 +85,15 @@ def evaluate(
     Asked for nothing, it measures perplexity on the shipped text ("default"). `adapter`, a folder in PEFT's format, is
     merged into the model first.
     Tasks are lm-eval's, one after another; asked for again, an interrupted run goes on after the last finished one.
+    A text of them names several with commas.
     Speed is measured last and told in speed.json; `against` is a second model, timed in turns with this one.
     Raises InputError for a model without a tokenizer or that gives NaN, an adapter of another model, a text or task
     that cannot be read, or an output that exists.
     """
     require_seed(seed)
     timing.parsed(lengths)
-    if not (perplexity or recall or tasks or suite or speed):
+    tasks = suites.listed(tasks)
+    if not (perplexity or recall or tasks or suite or speed or against):
         perplexity = "default"
     settings = length, batch_size, seed
     chosen, asked = _asked(perplexity, recall, tasks, suite, include_path, limit, num_fewshot, settings)
@@ -103,9 +105,9 @@ def evaluate(
         resolve(against)  # before anything is measured
     record = describe(source, None if adapter is None else find(adapter))
     key = asked.key(model=record.sha256, device=device, dtype=dtype, backend=backend)
-    writing = {"overwrite": overwrite, "source": source, "resumable": True, "recipe_hash": key}
+    writing = {"marked": RESULTS, "overwrite": overwrite, "source": source, "recipe_hash": key}
     with _folder(out, writing) as folder:
-        done = Measures(folder, emit)
+        done = Measures(folder, ignore if out is None else emit)
         with done.kept(HARNESS):
             checkpoint = load(
                 source, adapter=adapter, dtype=compute_dtype(dtype, device), device=device, backend=backend
@@ -121,6 +123,7 @@ def evaluate(
                 memory,
                 source=record,
                 text=perplexity,
+                asked_sha256=key,
                 seed=seed,
                 backend=next(mixers(checkpoint.model)).backend.names(device, used),
                 dtype=str(used),
@@ -150,6 +153,14 @@ def measures(
         raise InputError("The eval section measures nothing.", hint="Name a text, tasks or a suite, or leave it out.")
     found = [TEXT] * bool(asked.documents) + [recall_measure(*probe) for probe in probes.PROBES] * asked.recall
     return found + [name for names in (asked.harness.measures.values() if asked.harness else ()) for name in names]
+
+
+def identity(
+    model: str, *, length: int, batch_size: int, seed: int, device: str, dtype: str, backend: str, **measured: Any
+) -> str:
+    """The `asked_sha256` of the results that `evaluate` would give now, asked for these measures."""
+    _, asked = _asked(**measured, settings=(length, batch_size, seed))
+    return asked.key(model=describe(resolve(model)).sha256, device=device, dtype=dtype, backend=backend)
 
 
 def _asked(
@@ -184,7 +195,7 @@ def _folder(out: str | Path | None, writing: dict[str, Any]) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     else:
-        with output(out, **writing) as folder:
+        with output(out, resumable=True, whatever_fails=True, **writing) as folder:
             yield folder
 
 

@@ -1,8 +1,8 @@
 """What an unfinished evaluation has already measured, so that the same one, asked for again, goes on from there."""
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ class Measures:
     """The finished measures in the folder of a run, a file each, which is there whole or not at all."""
 
     def __init__(self, folder: Path, emit: Emit) -> None:
-        self._folder = folder / FOLDER
+        self._folder, self._emit = folder / FOLDER, emit
         self._folder.mkdir(exist_ok=True)
         if done := self._names():
-            emit(Note(f"An earlier run was interrupted: going on after {', '.join(done)}."))
+            emit(Note(f"An earlier run was cut short: going on after {', '.join(done)}."))
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure` returns, in JSON's types; it is called where no earlier run has finished it."""
@@ -30,9 +30,16 @@ class Measures:
             part.rename(path)
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def kept(self, *beside: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def kept(self, *beside: str) -> Iterator[None]:
         """When the work inside is whole nothing of this stays; when it is cut short only this and `beside` do."""
-        return kept(self._folder, *beside)
+        with kept(self._folder, *beside):
+            try:
+                yield
+            except Exception as error:
+                if (done := self._names()) and not isinstance(error, BrokenPipeError):
+                    self._emit(Note(f"Finished and kept: {', '.join(done)}. The same command goes on from there."))
+                raise
 
     def _names(self) -> list[str]:
         files = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)

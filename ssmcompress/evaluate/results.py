@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ssmcompress.checkpoint.manifest import NAME as MANIFEST
 from ssmcompress.checkpoint.manifest import SourceRecord, versions
 from ssmcompress.checkpoint.manifest import read as read_manifest
+from ssmcompress.checkpoint.output import RESULTS as NAME
 from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate.compare import Kind, Samples
@@ -21,7 +22,6 @@ from ssmcompress.measure.interval import accuracy_interval
 from ssmcompress.measure.perplexity import DocumentScore, Perplexity
 from ssmcompress.measure.recall import Recall
 
-NAME = "summary.json"
 TEXT = "text/bits_per_byte"
 SAMPLES = "samples.jsonl"
 HINT = "Give a folder that `ssmcompress eval MODEL --out` wrote."
@@ -108,6 +108,7 @@ class Summary(BaseModel):
     adapter: str | None = None
     source: str | None = None
     recipe_sha256: str | None = None
+    asked_sha256: str | None = None  # equal where the same was asked of the same model, in the same versions
     tasks: tuple[TaskScore, ...] = ()
     harness_versions: dict[str, str] = {}
     seeds: dict[str, int] = {}

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ssmcompress.errors import InputError
+from ssmcompress.mapping import mapping, twice
 from ssmcompress.paths import expanded
 
 TASKS = "tasks"  # the folder of the shipped tasks, beside the suites
@@ -68,6 +69,15 @@ class Suite(BaseModel):
         )
 
 
+def listed(tasks: str | Sequence[str]) -> tuple[str, ...]:
+    """Tasks by name, of which a text names several with commas; InputError where such a text names none."""
+    if not isinstance(tasks, str):
+        return tuple(tasks)
+    if found := tuple(name.strip() for name in tasks.split(",") if name.strip()):
+        return found
+    raise InputError(f"--tasks {tasks!r} names no task.", hint="Write --tasks arc_easy_local, or leave it out.")
+
+
 def shipped(name: str) -> Path:
     """A file or folder of the suites: beside the package's modules in a wheel, in `evals/suites` of a checkout."""
     package = Path(__file__).parent.parent
@@ -91,7 +101,10 @@ def read(name: str) -> Suite:
     path = shipped(f"{name}.yaml") if name in names() else expanded(name)
     hint = f"Shipped are {', '.join(names())}: see {shipped(TASKS).parent}."
     try:
-        return Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        tree, fields = mapping(path.read_text(encoding="utf-8"))
+        if said := twice(tree):
+            raise InputError(f"The suite {path}: {'; '.join(said)}.")
+        return Suite.model_validate(fields)
     except OSError as error:
         raise InputError(f"The suite {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -13,12 +13,22 @@ def bases(held: Tensor, read: Tensor, fewer: int) -> tuple[Tensor, Tensor]:
     two moments and Rᵀ L = U Σ Yᵀ, it is W = Σ^-½ Uᵀ Rᵀ and Vᵀ = L Y Σ^-½ of the largest values, and it loses the sum of
     the squares of the others.
     """
-    L, R = _root(held), _root(read)
-    U, values, Y = torch.linalg.svd(R.mT @ L)
+    L, R, U, values, Y = _balanced(held, read)
     scale = values[:, :fewer].clamp_min(torch.finfo(values.dtype).eps * values[:, :1]).rsqrt()
     B = scale[:, :, None] * (U[:, :, :fewer].mT @ R.mT)
     C = scale[:, :, None] * (Y[:, :fewer] @ L.mT)
     return B.float(), C.float()
+
+
+def worths(held: Tensor, read: Tensor) -> Tensor:
+    """What the scan would lose without each state of the best basis, [states] float32, summed over groups: Σ²."""
+    return _balanced(held, read)[3].square().sum(0).float()
+
+
+def _balanced(held: Tensor, read: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """L, R, and U, Σ and Yᵀ of Rᵀ L."""
+    L, R = _root(held), _root(read)
+    return (L, R, *torch.linalg.svd(R.mT @ L))
 
 
 def _root(moment: Tensor) -> Tensor:

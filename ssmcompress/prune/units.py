@@ -20,7 +20,7 @@ from ssmcompress.edits import Add, Edit, Keep, Replace
 from ssmcompress.events import Advance, Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import masks, scores
 from ssmcompress.prune.correct import compensated, refitted, rescaled
-from ssmcompress.prune.rotate import bases
+from ssmcompress.prune.rotate import bases, worths
 from ssmcompress.prune.sizes import best, each_layer, groups_of, outline
 from ssmcompress.steps import Cut
 
@@ -94,7 +94,7 @@ class _Cutter:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.small = Surgery(arch, outline(arch, step, after)).arch.build("meta")
         use_backend(self.small, next(mixers(model)).backend)
-        self.taps = {} if chosen else dict(TAPS.get(step.criterion, {}))
+        self.taps = {} if chosen and not step.rotates else dict(TAPS.get(step.criterion, {}))
         self.taps |= {"norm": SquaredSum} if step.correction == "rescale" else {}
         self.found: list[Edit] = []
 
@@ -111,7 +111,7 @@ class _Cutter:
     def _choose(
         self, layer: int, block: nn.Module, statistics: Mapping[str, Any], hidden: Sequence[Tensor]
     ) -> list[Edit]:
-        made: list[Edit] = [self.chosen[layer]] if self.chosen else self._fewer(layer, block, statistics)
+        made = self._fewer(layer, block, statistics)
         if self.step.correction == "rescale":
             keep = cast(Keep, made[0])
             norm, name = cast(Any, block).mixer.norm, "mixer.norm.weight"
@@ -136,15 +136,17 @@ class _Cutter:
         """The units that stay, or the bases that take all of them to so few."""
         axis, after = self.axes[layer], self.after[layer]
         if self.step.rotates:
-            held, read = statistics["scan"].total / statistics["scan"].count
+            held, read = statistics["scan"].moments
             return [self._add(layer, *each) for each in zip(ROTATION, bases(held, read, after), strict=True)]
+        if self.chosen:
+            return [self.chosen[layer]]
         scorer = Scorer(self.arch, axis, layer, block, statistics, self.fisher, self.seed, after)
         return [Keep(axis.name, layer, best(scorer.score(self.step.criterion), after, groups_of(self.arch, axis.name)))]
 
     def _biased(self, layer: int, values: Tensor) -> Edit:
         if self.arch.biased:
             return self._replace(layer, BIAS, values)
-        weight = self._replace(layer, "mixer.out_proj.weight", values)  # one dtype, for a product takes no other
+        weight = self._replace(layer, "mixer.out_proj.weight", values)  # its dtype, for a product takes no other
         return self._add(layer, BIAS, weight.values)
 
     def _add(self, layer: int, name: str, values: Tensor) -> Add:
@@ -263,6 +265,9 @@ class Scorer:
 
     def _ghost(self) -> Tensor:
         return (self.statistics["scan"].energy * self.statistics["scan"].readout).sum(0)
+
+    def _rotate(self) -> Tensor:
+        return worths(*self.statistics["scan"].moments).cpu()
 
     def _sparsessm(self) -> Tensor:
         gone = self.axis.size - self.after

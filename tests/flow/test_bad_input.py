@@ -298,7 +298,10 @@ def test_calibration_that_is_not_there(refused, models, tmp_path):
 @pytest.mark.parametrize("verb", ["prune", "eval", "convert", "apply"])
 def test_an_output_that_exists_is_left_alone(refused, run, models, small, text, tmp_path, verb):
     out = tmp_path / "out"
-    ssmcompress.prune(models["mamba"], out=out, **small)
+    if verb == "eval":
+        ssmcompress.evaluate(models["mamba"], perplexity=text, limit=1, out=out)
+    else:
+        ssmcompress.prune(models["mamba"], out=out, **small)
     arguments = {
         "prune": ["prune", models["mamba"], "--calib", text, "--windows", 4, "--length", 32, "--no-eval"],
         "eval": ["eval", models["mamba"], "--perplexity", text],

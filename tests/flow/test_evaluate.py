@@ -60,6 +60,18 @@ def test_eval_writes_a_summary(run, models, documents, few, tmp_path, name):
     assert run(*arguments, "--overwrite")[0] == 0
 
 
+def test_results_and_checkpoints_do_not_replace_one_another(run, models, documents, tmp_path):
+    pruned, results = tmp_path / "pruned", tmp_path / "results"
+    prune = ("prune", models["mamba"], "--method", "magnitude", "--no-eval", "--out")
+    measure = ("eval", models["mamba"], "--perplexity", documents, "--out")
+    assert run(*prune, pruned)[0] == run(*measure, results)[0] == 0
+    both = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for command in ((*measure, pruned), (*prune, results), ("compare", results, results, "--out", pruned)):
+        code, _, err = run(*command, "--overwrite")
+        assert code == 2 and "is not replaced by" in " ".join(err.split())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == both
+
+
 def test_eval_without_a_folder_only_prints(run, models, documents, tmp_path):
     code, printed, _ = run("eval", models["mamba"], "--perplexity", documents)
     assert code == 0 and "token perplexity" in printed and not list(tmp_path.iterdir())

@@ -162,6 +162,53 @@ def test_what_was_asked_otherwise_is_not_taken_over(run, tmp_path, monkeypatch, 
     assert measured[2:] == ["arc_easy_local", "openbookqa_local"]
 
 
+RAISING = """
+task: raising
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "The"
+doc_to_target: " x"
+process_results: !function code.answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.mark.parametrize("failure", ["task", "memory", "bug"])
+def test_a_failure_late_in_a_suite_costs_nothing_that_was_finished(run, pages, tmp_path, monkeypatch, failure):
+    tasks, out, measure = tmp_path / "tasks", tmp_path / "out", Harness.run
+    tasks.mkdir()
+    (tasks / "raising.yaml").write_text(RAISING.format(data=pages, cache=tmp_path / "cache"))
+    (tasks / "code.py").write_text(
+        "import os\n\ndef answer(doc, results):\n    return {'acc': int(os.environ['ANSWER'])}\n"
+    )
+    monkeypatch.delenv("ANSWER", raising=False)
+    errors = {"memory": torch.OutOfMemoryError("out of memory"), "bug": ZeroDivisionError()}
+
+    def failing(self, checkpoint, entry, place, **settings):
+        if entry.task == "raising" and failure in errors:
+            raise errors[failure]
+        return measure(self, checkpoint, entry, place, **settings)
+
+    monkeypatch.setattr(Harness, "run", failing)
+    given = ("eval", "ref:mamba2", "--tasks", "openbookqa_local,raising", "--include-path", tasks, "--limit", 2)
+    code, printed, err = run(*given, "--out", out)
+    assert code == {"task": 2, "memory": 4, "bug": 1}[failure] and not out.exists()
+    assert "Finished and kept: task-openbookqa_local" in " ".join((printed + err).split())
+    monkeypatch.setenv("ANSWER", "1")
+    measured = []
+
+    def counted(self, checkpoint, entry, place, **settings):
+        measured.append(entry.task)
+        return measure(self, checkpoint, entry, place, **settings)
+
+    monkeypatch.setattr(Harness, "run", counted)
+    code, _, err = run(*given, "--out", out)
+    assert code == 0, err
+    assert measured == ["raising"] and len(read(out).samples) == 3
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

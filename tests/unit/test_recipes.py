@@ -49,6 +49,7 @@ def test_a_key_that_is_there_twice_is_refused():
     assert "line 2: model: this key is there twice" in refused("model: a\nmodel: b\nsteps: [{step: prune}]").message
     nested = "model: a\nsteps:\n- step: prune\n  sparsity: 0.5\n  sparsity: 0.6\n"
     assert "line 5: sparsity: this key is there twice" in refused(nested).message
+    assert "a: this key is there twice" in refused(TEXT, "gate.max_drop={a: 0.1, a: 0.2}").message
 
 
 @pytest.mark.parametrize("text", ["", "- a", "a: [", "42", "model: &a [*a]\n", "\t"])

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from ssmcompress.checkpoint import shards
-from ssmcompress.checkpoint.output import carry, output, write
+from ssmcompress.checkpoint.output import CHECKPOINT, COMPARISON, RESULTS, carry, output, write
 from ssmcompress.checkpoint.source import load, resolve
 from ssmcompress.errors import InputError, ResourceError
 from tests.unit.checkpoint.folders import save
@@ -23,9 +23,9 @@ def names(folder: Path) -> list[str]:
 
 
 def finish(folder: Path, text: str = "{}", **options: object) -> None:
-    with output(folder, **options) as partial:  # type: ignore[arg-type]
+    with output(folder, **{"marked": RESULTS} | options) as partial:  # type: ignore[arg-type]
         (partial / "config.json").write_text(text)
-        (partial / "summary.json").write_text('{"schema_version": 1}')
+        (partial / str(options.get("marked", RESULTS))).write_text('{"schema_version": 1}')
 
 
 def test_written_under_another_name_then_renamed(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_failure_leaves_nothing(error: type[BaseException], tmp_path: Path) ->
 
 def test_a_failed_overwrite_keeps_the_old(tmp_path: Path) -> None:
     finish(tmp_path / "out", "old")
-    with pytest.raises(KeyboardInterrupt), output(tmp_path / "out", overwrite=True):
+    with pytest.raises(KeyboardInterrupt), output(tmp_path / "out", marked=RESULTS, overwrite=True):
         raise KeyboardInterrupt
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "config.json").read_text() == "old"
 
@@ -93,6 +93,24 @@ def test_what_is_not_ours_is_never_replaced(kind: str, tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("old", [CHECKPOINT, RESULTS, COMPARISON])
+@pytest.mark.parametrize("new", [CHECKPOINT, RESULTS, COMPARISON])
+def test_only_an_output_of_the_same_kind_is_replaced(old: str, new: str, tmp_path: Path) -> None:
+    finish(tmp_path / "out", "old", marked=old)
+    if old == new:
+        return finish(tmp_path / "out", "new", marked=new, overwrite=True)
+    with pytest.raises(InputError, match="is not replaced by"):
+        finish(tmp_path / "out", "new", marked=new, overwrite=True)
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_a_checkpoint_with_results_in_it_is_a_checkpoint(tmp_path: Path) -> None:
+    finish(tmp_path / "out", marked=CHECKPOINT)
+    (tmp_path / "out" / RESULTS).write_text('{"schema_version": 1}')
+    with pytest.raises(InputError, match="holds a checkpoint"):
+        finish(tmp_path / "out", overwrite=True)
+
+
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     with output(tmp_path / "out") as partial:
         (partial / "config.json").write_text("{}")
@@ -128,6 +146,24 @@ def test_a_reader_who_leaves_costs_nothing_that_was_finished(tmp_path: Path) -> 
         (partial / "half").write_text("half")
         raise BrokenPipeError
     assert (partial / "half").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "settings", "left"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), {}, True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), {}, True),
+        (MemoryError(), {}, True),
+        (InputError("NaN"), {}, False),
+        (InputError("NaN"), {"whatever_fails": True}, True),
+    ],
+)
+def test_what_is_left_depends_on_what_failed(error: Exception, settings: dict, left: bool, tmp_path: Path) -> None:
+    given = {"recipe_hash": "abc", "resumable": True} | settings
+    with pytest.raises(type(error)), output(tmp_path / "out", **given) as partial:
+        (partial / "half").write_text("half")
+        raise error
+    assert (partial / "half").exists() == left
 
 
 @pytest.mark.parametrize("again", [{}, {"recipe_hash": "other", "resumable": True}, {"recipe_hash": "abc"}])

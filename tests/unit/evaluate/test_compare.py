@@ -153,6 +153,30 @@ def test_a_level_at_chance_is_not_tested_and_costs_the_others_nothing():
     assert found[1].p_holm == found[1].p and found[1].adjusted == found[1].interval
 
 
+def test_one_text_in_several_units_counts_once():
+    rng = np.random.default_rng(5)
+    (acc, _, words, other), (acc2, _, words2, other2) = evaluation(rng, 0.5, loss=0.1)
+    sizes = rng.integers(1, 9, ITEMS)
+
+    def units(side):
+        """Word perplexity, byte perplexity and bits per byte of one text, as lm-eval has them."""
+        bytes_, bits = side.weights * sizes, side.values / np.log(2)
+        return [side, samples("w/byte_perplexity", side.values, bytes_), samples("w/bits_per_byte", bits, bytes_)]
+
+    once = differences([acc, words, other], [acc2, words2, other2], resamples=999)
+    several = differences([acc, *units(words), other], [acc2, *units(words2), other2], resamples=999)
+    assert [several[i] for i in (0, 1, 4)] == once
+    assert len({(each.p, each.p_holm) for each in several[1:4]}) == 1
+    assert all(each.adjusted[0] <= each.change <= each.adjusted[1] for each in several[1:4])
+
+
+def test_accuracies_of_one_task_count_each_even_where_they_agree():
+    values = np.tile([1.0, 0.0, 1.0], 20)
+    less = np.concatenate([np.zeros(9), values[9:]])
+    pair = [[samples(name, each, chance=None) for name in ("a/acc", "a/acc_norm")] for each in (values, less)]
+    assert [each.p_holm for each in differences(*pair)] == [2 * each.p for each in differences(*pair)]
+
+
 @pytest.mark.parametrize(
     ("right", "chance", "measurable"),
     [(100, 0.25, True), (45, 0.25, True), (44, 0.25, False), (25, 0.25, False), (0, None, False), (1, None, True)],

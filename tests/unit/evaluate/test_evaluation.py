@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ssmcompress
+from ssmcompress import cli
 from ssmcompress.checkpoint.source import load
 from ssmcompress.errors import BackendError, InputError, UnsupportedError
 from ssmcompress.evaluate import evaluation
@@ -96,14 +97,16 @@ def test_fewer_documents_are_the_first_ones(folder, documents):
 def test_only_what_is_asked_for_is_measured_and_else_the_shipped_text(folder, monkeypatch):
     monkeypatch.setattr(evaluation.text, "documents", lambda *_: ["w1 w2 w3", "w4 w5"])
     assert ssmcompress.evaluate(folder).text == "default"
-    found = ssmcompress.evaluate(folder, tasks=["openbookqa_local"], limit=1)
-    assert (found.text, len(found.tasks)) == (None, 2)
+    for tasks in (["openbookqa_local"], "openbookqa_local", " openbookqa_local,"):
+        found = ssmcompress.evaluate(folder, tasks=tasks, limit=1)
+        assert (found.text, len(found.tasks)) == (None, 2)
 
 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
         ({"suite": "nothing.yaml"}, "Nothing is asked for"),
+        ({"tasks": " ,"}, "names no task"),
         ({"against": "ref:mamba3"}, "mamba3"),
         ({"speed": True, "lengths": "0,5"}, "--lengths holds 0"),
     ],
@@ -114,6 +117,40 @@ def test_what_will_not_do_is_refused_before_the_model_is_read(folder, tmp_path, 
     monkeypatch.setattr(evaluation, "load", lambda *_, **__: pytest.fail("the model was read"))
     with pytest.raises(InputError, match=said):
         ssmcompress.evaluate(folder, out=tmp_path / "out", **asked)
+
+
+ASKED = {  # by the command line, and by Python
+    "nothing": ((), {}, ["text"]),
+    "tasks": (("--tasks", "arc_easy_local"), {"tasks": "arc_easy_local"}, ["tasks"]),
+    "recall": (("--recall",), {"recall": True}, ["memory"]),
+    "both": (("--perplexity", "--recall"), {"perplexity": "default", "recall": True}, ["text", "memory"]),
+    "suite": (("--suite", "mine.yaml"), {"suite": "mine.yaml"}, ["memory"]),
+    "speed": (("--speed",), {"speed": True}, ["speed"]),
+    "against": (("--against", "ref:mamba"), {"against": "ref:mamba"}, ["speed"]),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_the_command_line_and_python_measure_the_same(folder, tmp_path, monkeypatch, asked):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("recall: true")
+    given, options, expected = ASKED[asked]
+    measured: list[str] = []
+
+    def noting(what, answer=None):
+        def note(checkpoint, told, *_):
+            measured.extend([what] * (what != "tasks" or bool(told.entries)))
+            return answer
+
+        return note
+
+    for name, what, answer in (("likelihood", "text", None), ("memory", "memory", []), ("tasks", "tasks", ((), []))):
+        monkeypatch.setattr(evaluation, f"_{name}", noting(what, answer))
+    monkeypatch.setattr(evaluation, "_speed", noting("speed"))
+    ssmcompress.evaluate(folder, **options)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["eval", folder, *given])
+    assert not left.value.code and measured == expected * 2
 
 
 def test_the_measures_are_known_before_anything_is_measured(documents):

@@ -30,23 +30,20 @@ def test_what_is_not_whole_is_measured_again(tmp_path):
     assert Measures(tmp_path, pytest.fail).get("a", lambda: 2) == 2
 
 
-@pytest.mark.parametrize(
-    ("error", "left"),
-    [
-        (KeyboardInterrupt(), {FOLDER, "lm_eval", MARKER}),
-        (ResourceError("full"), {FOLDER, "lm_eval", MARKER}),
-        (InputError("NaN"), None),
-    ],
-)
-def test_only_what_can_be_gone_on_with_is_left(tmp_path, error, left):
-    with pytest.raises(type(error)), output(tmp_path / "out", resumable=True, recipe_hash="abc") as folder:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ResourceError("full"), InputError("NaN"), RuntimeError("bug")])
+def test_only_what_can_be_gone_on_with_is_left_whatever_failed(tmp_path, error):
+    events = []
+    settings = {"resumable": True, "whatever_fails": True, "recipe_hash": "abc"}
+    with pytest.raises(type(error)), output(tmp_path / "out", **settings) as folder:
         (folder / "lm_eval").mkdir()
-        done = Measures(folder, pytest.fail)
+        done = Measures(folder, events.append)
         done.get("a", lambda: 1)
         (folder / "summary.json").write_text("half")
         with done.kept("lm_eval"):
             raise error
-    assert ({path.name for path in folder.iterdir()} if folder.exists() else None) == left
+    assert {path.name for path in folder.iterdir()} == {FOLDER, "lm_eval", MARKER}
+    told = [event.text for event in events]
+    assert told == ["Finished and kept: a. The same command goes on from there."] * isinstance(error, Exception)
 
 
 def test_nothing_is_left_where_nothing_is_finished_and_nothing_of_this_where_all_is(tmp_path):

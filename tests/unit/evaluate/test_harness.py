@@ -293,11 +293,44 @@ def test_a_mistake_of_ours_is_no_tasks(checkpoints, tmp_path, monkeypatch):
         Harness(["arc_easy_local"]).run(checkpoints["mamba"], Entry(task="arc_easy_local", limit=1), tmp_path, **run)
 
 
-def test_a_task_beside_its_group_is_refused(tmp_path):
-    (tmp_path / "both.yaml").write_text("group: both\ntask: [arc_easy_local, openbookqa_local]\n")
-    assert set(Harness(["both"], tmp_path).measures) == {"arc_easy_local", "openbookqa_local"}
-    with pytest.raises(InputError, match=r"arc_easy_local measures again .*: arc_easy_local"):
-        Harness(["both", "arc_easy_local"], tmp_path)
+GROUP = """
+group: {name}
+task: [{tasks}]
+aggregate_metric_list:
+  - metric: acc
+    weight_by_size: true
+"""
+
+
+@pytest.fixture
+def groups(tmp_path):
+    """A folder of groups of shipped tasks, one of them over the other, and a tag."""
+    folder = tmp_path / "groups"
+    folder.mkdir()
+    for name, tasks in (("both", "arc_easy_local, openbookqa_local"), ("all", "both, lambada_openai_local")):
+        (folder / f"{name}.yaml").write_text(GROUP.format(name=name, tasks=tasks))
+    (folder / "again.yaml").write_text(GROUP.format(name="again", tasks="both, arc_easy_local"))
+    return folder
+
+
+@pytest.mark.parametrize("names", [("both", "arc_easy_local"), ("both", "all")])
+def test_a_task_beside_its_group_is_refused(groups, names):
+    assert set(Harness(["both"], groups).measures) == {"arc_easy_local", "openbookqa_local"}
+    with pytest.raises(InputError, match=f"The task {names[1]} measures again what another one does"):
+        Harness(names, groups)
+
+
+@pytest.mark.parametrize("name", ["all", "again"])
+def test_a_group_of_shipped_tasks_scores_each_item_of_its_tasks_once(checkpoints, groups, tmp_path, name):
+    run = {"batch_size": 4, "seed": 0, "emit": ignore}
+    tasks = Harness([name], groups)
+    found = tasks.run(checkpoints["mamba2"], Entry(task=name, limit=3), tmp_path / "out", **run)
+    assert {score.measure for score in found.scores} == {each for names in tasks.measures.values() for each in names}
+    assert len({score.measure for score in found.scores}) == len(found.scores)
+    for task in tasks.measures:
+        alone = Harness([task]).run(checkpoints["mamba2"], Entry(task=task, limit=3), tmp_path / task, **run)
+        assert [score for score in found.scores if score.task == task] == list(alone.scores)
+        assert [item for item in found.items if item.measure.startswith(f"{task}/")] == list(alone.items)
 
 
 def overflowing():

@@ -39,6 +39,9 @@ def test_what_is_given_goes_before_what_the_suite_says():
         ("- a", "the file: expected a mapping"),
         ("tasks: [a]", "tasks.0: expected a mapping, such as {task: NAME}"),
         ("tasks: [{task: a, limt: 3}]\nrecal: true", "did you mean 'limit'.; recal: .*did you mean 'recall'"),
+        ("limit: 3\nlimit: 4\n", "line 2: limit: this key is there twice"),
+        ("tasks:\n- task: a\n- task: b\n  limit: 3\n  task: c", "line 5: task: this key is there twice"),
+        ("tasks: &a [*a]", "not YAML: it holds itself"),
         ("tasks: [{task: a}, {task: b}, {task: a, num_fewshot: 5}]", "tasks: there twice: a;"),
     ],
 )

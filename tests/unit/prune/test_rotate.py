@@ -10,7 +10,9 @@ from ssmcompress.calib.states import Gramians
 from ssmcompress.calib.taps import observe
 from ssmcompress.edits import Add, Keep, compose
 from ssmcompress.errors import UnsupportedError
-from ssmcompress.prune.rotate import bases
+from ssmcompress.prune.allocation import allocate
+from ssmcompress.prune.cut import cut
+from ssmcompress.prune.rotate import bases, worths
 from ssmcompress.prune.shares import sized
 from ssmcompress.prune.sizes import outline
 from ssmcompress.prune.units import find_units
@@ -43,6 +45,7 @@ def test_the_loss_is_the_sum_of_the_squares_that_were_left_out(fewer):
     assert torch.allclose(B @ C.mT, torch.eye(fewer).expand(GROUPS, -1, -1), atol=1e-4)
     squares = torch.linalg.eigvals(held @ read).real.sort(dim=-1).values
     assert torch.allclose(lost(held, read, B, C), squares[:, : STATES - fewer].sum(-1), rtol=1e-4)
+    assert torch.allclose(worths(held, read)[fewer:].sum(), lost(held, read, B, C).sum().float(), rtol=1e-4)
     for kept in torch.combinations(torch.arange(STATES), fewer):  # coordinates are one choice of basis
         plain = torch.eye(STATES)[kept].expand(GROUPS, -1, -1)
         assert bool((lost(held, read, B, C) <= lost(held, read, plain, plain) * (1 + 1e-5)).all())
@@ -114,6 +117,22 @@ def test_a_block_without_a_scan_is_not_rotated(correct):
     both = Surgery(arch, compose(one.keeps, [one.lift(edit, shapes) for edit in found]))
     steps, once = two.operate(one.operate(model)).state_dict(), both.operate(model).state_dict()
     assert steps.keys() == once.keys() and all(torch.equal(steps[key], once[key]) for key in steps)
+
+
+@torch.no_grad()
+def test_over_the_whole_model_layers_keep_as_many_as_the_best_are_worth():
+    model, ids = models.ours("mamba2"), models.tokens(6, 40)
+    arch, step = arch_for(CONFIGS["mamba2"]), Cut(axis="state", method="rotate", keep=0.5, scope="model", any_size=True)
+    found = cut(model, arch, step, weights("mamba2"), ids)
+    sizes = [layer["state"] for layer in Surgery(arch, found).arch.sizes]
+    shares = []
+    for block in model.backbone.layers:
+        seen = Gramians(1, 16)
+        with observe(block.mixer, lambda tap, x, seen=seen: seen.add(x) if tap == "scan" else None):
+            model(ids)
+        shares.append(worths(*seen.moments) / worths(*seen.moments).sum())
+    assert sizes == allocate(shares, [range(1, 17)] * 2, 16) and sum(sizes) == 16
+    assert [edit.values.shape[1] for edit in found] == [sizes[0], sizes[0], sizes[1], sizes[1]]
 
 
 @pytest.mark.parametrize(
