@@ -83,8 +83,9 @@ class PrunedMamba2Config(Mamba2Config):
         self.rescale_prenorm_residual = False  # it would divide loaded weights
         check(self)
 
-    def validate_architecture(self) -> None:
-        """Nothing: how many heads fill the hidden size is said block by block."""
+    def validate(self) -> None:
+        """Before it is saved: the one number of heads for all blocks need not fill the hidden size."""
+        check(self)
 
     def fields(self, sizes: dict[str, int]) -> dict[str, Any]:
         """The sizes of a block under the names that its classes read."""
