@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,27 @@ from ssmcompress.errors import UnsupportedError
 from ssmcompress.recipe import recipe
 from tests.flow.test_axes import WORDS
 from tests.flow.test_bytes import lasting
+
+BARE = """
+import sys, torch
+sys.modules["ssmcompress"] = None  # whoever imports it fails
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)
+ids = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    torch.save(model(ids).logits, sys.argv[2])
+"""
+BLOCKS = [{"axis": "ssm", "keep": 2}, {"axis": "layer", "keep": 3, "method": "similarity"}]
+ZEROS = [{"method": "sparsessm", "sparsity": 0.5}, {"method": "wanda", "sparsity": 0.25}]
+ROTATED, WIDTH = {"axis": "state", "method": "rotate", "keep": 4}, {"axis": "width", "keep": 24}
+HEADS = {"axis": "head", "keep": 0.5, "method": "flap", "correct": "bias"}
+CHANNELS = {"axis": "channel", "keep": 0.5, "method": "flap", "correct": "bias", "scope": "model"}
+COMPOSED = {
+    "rotated first": ("mamba2", [ROTATED, HEADS, WIDTH, *BLOCKS, *ZEROS]),
+    "scans first": ("mamba2", [*BLOCKS, ROTATED | {"correct": "bias"}, WIDTH, *ZEROS, HEADS]),
+    "width first": ("mamba2-grouped", [WIDTH, HEADS, BLOCKS[0], ROTATED | {"scope": "model", "keep": 9}, *ZEROS]),
+    "over the model": ("mamba", [CHANNELS, *BLOCKS, WIDTH, {"axis": "state", "keep": 0.5, "scope": "model"}, *ZEROS]),
+}
 
 
 def test_a_plan_says_beforehand_that_the_output_brings_code():
@@ -89,6 +112,31 @@ def test_scans_go_before_and_after_other_steps(models, text, tmp_path, name):
     assert sorted(each["state"] for each in sizes) == [0, 0, 2]
     changed = manifest.read(tmp_path / "out").shape.changes()
     assert changed["ssm"] == ("4", "1") and changed["layer"] == ("4", "3") and changed["state"][1] == "2"
+
+
+@pytest.mark.parametrize("order", COMPOSED)
+def test_all_that_steps_remove_and_add_composes(models, text, tmp_path, order):
+    """Scans, layers, dimensions and units gone, bases and biases added, then zeros: one pass over the source again."""
+    name, steps = COMPOSED[order]
+    four = deepened(models[name], tmp_path / "four")
+    made = recipe(model=four, steps=steps, calibrate={"text": text, "windows": 4, "length": 32})
+    ssmcompress.plan(made)
+    ssmcompress.run(made, out=tmp_path / "out", no_eval=True)
+    ssmcompress.apply(tmp_path / "out/edits.safetensors", four, out=tmp_path / "again")
+    assert lasting(tmp_path / "again") == lasting(tmp_path / "out")
+    ours, told = ssmcompress.load(str(tmp_path / "out"), dtype=torch.float32), manifest.read(tmp_path / "out")
+    scans = [sizes["state"] > 0 for sizes in ours.arch.sizes]
+    assert not all(scans) and any(scans) and ours.arch.width == 24 and ours.arch.out_proj_bias
+    assert [before is not None for before in ours.arch.rotated] == (scans if name != "mamba" else [False] * len(scans))
+    assert sum(record.status == "memoryless" for record in told.tensors) == sum(scans)
+    torch.save(WORDS, tmp_path / "words.pt")
+    command = [sys.executable, "-c", BARE, str(tmp_path / "out"), str(tmp_path / "words.pt")]
+    bare = {"PATH": "", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        logits = ours.model(WORDS).logits
+    assert (torch.load(tmp_path / "words.pt") - logits).abs().max() <= 1e-5 * logits.abs().max()
 
 
 def deepened(model, folder):

@@ -120,12 +120,13 @@ def test_the_counts_are_those_of_the_closed_forms(name, axis):
 
 
 def scan_parameters(arch):
-    """What only the scan of the second block needs: x_proj, dt_proj and A, or rows of B, C and dt, dt_bias and A."""
-    config, sizes = arch.config, arch.sizes[1]
+    """What only the scan of the second block needs: x_proj, dt_proj, A; or of B, C, dt rows, bases, dt_bias, A."""
+    config, sizes, before = arch.config, arch.sizes[1], arch.rotated[1]
     if "head" in sizes:
-        shared, heads = 2 * config.n_groups * sizes["state"], sizes["head"]
+        shared, heads = 2 * config.n_groups * (before or sizes["state"]), sizes["head"]
         rows = (shared + heads) * (config.hidden_size + config.use_bias)
-        return rows + shared * (config.conv_kernel + config.use_conv_bias) + 2 * heads
+        bases = 2 * config.n_groups * sizes["state"] * (before or 0)
+        return rows + shared * (config.conv_kernel + config.use_conv_bias) + bases + 2 * heads
     width, size, rank = sizes["channel"], sizes["state"], sizes["dt_rank"]
     return width * (rank + 2 * size) + width * (rank + 1) + width * size
 
@@ -173,7 +174,7 @@ def test_a_later_step_speaks_of_the_source(name, scans):
 
 
 def test_new_tensors_speak_of_the_source_too():
-    """States cut, what is left rotated, a bias added, heads and a layer cut: the lifted edits do it at once."""
+    """States cut, what is left rotated, a bias added, heads, a layer, dimensions cut: lifted, it is done at once."""
     model = models.ours("mamba2")
     arch = arch_for(model.config)
     states = chosen(arch, "state")
@@ -183,9 +184,9 @@ def test_new_tensors_speak_of_the_source_too():
     two = Surgery(one.arch, news)
     middle = two.operate(middle)
     assert two.arch.rotated == (8, 8) and two.arch.sizes[0]["state"] == 3 and two.arch.out_proj_bias
-    last = [*chosen(two.arch, "head"), *chosen(two.arch, LAYER)]
+    last = [*chosen(two.arch, "head"), *chosen(two.arch, LAYER), *chosen(two.arch, WIDTH)]
     small = Surgery(two.arch, last).operate(middle)
-    changed = [Replace(arch.prefix(0) + BIAS, torch.full((32,), 0.5))]
+    changed = [Replace(arch.prefix(0) + BIAS, torch.full((24,), 0.5))]
     edits.apply(changed, dict(small.named_parameters()))
 
     shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
@@ -201,6 +202,29 @@ def test_new_tensors_speak_of_the_source_too():
         assert key == other and torch.equal(found, wanted), key
 
 
+def test_a_bias_may_be_added_to_dimensions_that_are_left():
+    model = models.ours("mamba")
+    arch, shapes = arch_for(model.config), {key: parameter.shape for key, parameter in model.named_parameters()}
+    one = Surgery(arch, chosen(arch, WIDTH))
+    news = [Add(one.arch.prefix(layer) + BIAS, torch.randn(24)) for layer in range(2)]
+    small = Surgery(one.arch, news).operate(one.operate(model))
+    lifted = [one.lift(edit, shapes) for edit in news]
+    assert all(edit.shape == (32,) and not edit.values[~one.keeps[0].keep].any() for edit in lifted)
+    again = Surgery(arch, edits.compose(one.keeps, lifted)).operate(model)
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in small.state_dict().items())
+
+
+def test_bases_go_with_their_scan():
+    model = models.ours("mamba2-grouped")
+    arch = arch_for(model.config)
+    both = Surgery(arch, edits.compose(rotations(arch), chosen(arch, SSM)))
+    plain = Surgery(arch, edits.compose(rotations(arch)[:2], chosen(arch, SSM)))
+    assert both.arch.rotated == (arch.sizes[0]["state"], None) and both.arch.sizes[1]["state"] == 0
+    small, same = both.operate(model).state_dict(), plain.operate(model).state_dict()
+    assert small.keys() == same.keys() and all(torch.equal(small[key], same[key]) for key in small)
+    assert {key for key in small if "rotation" in key} == {edit.tensor for edit in rotations(arch)[:2]}
+
+
 def test_tensors_without_a_place_are_refused():
     for name, wrong in {
         "mamba": [Add("backbone.layers.0.mixer.rotation.B", torch.zeros(1, 2, 5))],
@@ -208,6 +232,7 @@ def test_tensors_without_a_place_are_refused():
         "mamba2": [Add(f"backbone.layers.0.{BIAS}", torch.zeros(31))],
         "mamba2-grouped": [Add(f"backbone.layers.7.{BIAS}", torch.zeros(32))],
         "pruned-mamba2-rotated": [Add("backbone.layers.0.mixer.rotation.B", torch.zeros(2, 2, 8))],
+        "gated-mamba2": [Add("backbone.layers.0.mixer.rotation.B", torch.zeros(2, 2, 8))],
         "falcon_mamba": [Add(f"backbone.layers.0.{BIAS}", torch.zeros(32))],
         "pruned-mamba": [Add("backbone.norm_f.bias", torch.zeros(32))],
     }.items():
