@@ -149,8 +149,10 @@ class Cut(Strict):
             raise ValueError(f"an axis needs either keep or target, to say how many units of {self.axis} stay")
         if self.correct == "rescale" and self.axis not in ("head", "head_channel"):
             raise ValueError(f"rescale corrects the norm that heads share; the axis {self.axis} has none")
-        if self.correct in ("refit", "bias") and self.axis == "layer":
-            raise ValueError(f"{self.correct} needs a block whose output projection stays; the axis layer leaves none")
+        if self.correct == "refit" and self.axis == "layer":
+            raise ValueError("refit needs a block whose output projection stays; the axis layer leaves none")
+        if self.correct == "bias" and self.axis not in REFITTED:
+            raise ValueError(f"bias stands in for inputs of out_proj that went; the axis {self.axis} leaves them all")
         if self.scope and self.axis in WHOLE:
             raise ValueError(f"scope has no meaning with the axis {self.axis}, which is one for the whole model")
         if self.method not in (None, *METHODS[self.axis]):

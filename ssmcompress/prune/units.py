@@ -93,6 +93,7 @@ class _Cutter:
         use_backend(self.small, next(mixers(model)).backend)
         self.taps = {} if chosen and not step.rotates else dict(TAPS.get(step.criterion, {}))
         self.taps |= {"norm": SquaredSum} if step.correction == "rescale" else {}
+        self.taps |= {"out_proj": Spread} if step.correction == "bias" else {}
         self.found: list[Edit] = []
 
     def block(
@@ -119,7 +120,8 @@ class _Cutter:
             new = self._replace(layer, name, refitted(block, self._cut(layer, block, made), hidden))
             made.append(Surgery(self.arch, made).lift(new, self.shapes))
         elif self.step.correction == "bias":
-            bias = compensated(block, self._cut(layer, block, made), hidden)
+            gone = removed(self.axes[layer], cast(Keep, made[0]).keep, "mixer.out_proj.weight")[1]
+            bias = compensated(cast(Any, block).mixer.out_proj, gone, statistics["out_proj"].mean)
             if self.arch.biased:
                 made.append(self._replace(layer, BIAS, bias))
             else:  # one layer's dtype, for a product takes no other
@@ -154,8 +156,6 @@ class _Cutter:
                 state[edit.tensor] = edit.values.to(state.get(edit.tensor, state[f"{prefix}norm.weight"]))
         left = self.arch.blocks(self.small)[layer]
         cut = {name.removeprefix(prefix): surgery.cut(name, state[name]) for name in state}
-        if BIAS in left.state_dict():  # which is not known before the block is cut
-            cut.setdefault(BIAS, torch.zeros_like(cut["norm.weight"]))
         left.load_state_dict(cut, assign=True)
         fill_buffers(left, next(block.parameters()).device)
         return left.eval()
