@@ -22,7 +22,8 @@ METHODS = {  # of each axis, the usual one first
     "ssm": ("shedder", "similarity", "random"),
     "layer": ("shedder", "similarity", "random"),
 }
-USUAL = {"channel": "refit", "head": "refit", "head_channel": "refit", "width": "rescale"}  # corrections; others: none
+INNER = ("channel", "head", "head_channel")  # axes of what out_proj takes in
+USUAL = dict.fromkeys(INNER, "refit") | {WIDTH: "rescale"}  # corrections; others: none
 
 
 class Strict(BaseModel):
@@ -151,10 +152,12 @@ class Cut(Strict):
             raise ValueError(f"an axis needs either keep or target, to say how many units of {self.axis} stay")
         if self.correct == "rescale" and self.axis not in ("head", "head_channel", WIDTH):
             raise ValueError(f"rescale corrects the norm that units share; those of the axis {self.axis} have none")
-        if self.correct in ("refit", "bias") and self.axis in WHOLE:
+        if self.correct == "refit" and self.axis in WHOLE:
             raise ValueError(
-                f"{self.correct} corrects blocks of which units go one by one; the axis {self.axis} has no form of it"
+                f"refit corrects blocks of which units go one by one; the axis {self.axis} has no form of it"
             )
+        if self.correct == "bias" and self.axis not in INNER:
+            raise ValueError(f"bias stands in for inputs of out_proj that went; the axis {self.axis} leaves them all")
         if self.scope and self.axis in WHOLE:
             raise ValueError(f"scope has no meaning with the axis {self.axis}, which is one for the whole model")
         if self.method not in (None, *METHODS[self.axis]):

@@ -45,18 +45,13 @@ def refitted(dense: nn.Module, cut: nn.Module, hidden: Sequence[Tensor]) -> Tens
     return solved.float()
 
 
-def compensated(dense: nn.Module, cut: nn.Module, hidden: Sequence[Tensor]) -> Tensor:
-    """The out_proj bias [d] with which the cut block's output has the dense one's mean on hidden [b, L, d].
+def compensated(projection: Any, gone: Tensor, mean: Tensor) -> Tensor:
+    """The bias [d] of a projection that stands in for the mean [D] of its inputs that go, indices `gone` (FLAP, eq. 6).
 
-    It is that of the dense block, where it has one, and W E[x_j] of what went (FLAP, eq. 6), and also holds where what
-    stays changes with what went, as behind a norm.
+    It is W E[x_j] of those, and the bias that the projection has.
     """
-    total, tokens = torch.zeros_like(cast(Any, dense).mixer.out_proj.weight[:, 0], dtype=torch.float64), 0
-    for rows in hidden:
-        total += (dense(rows) - cut(rows)).double().sum((0, 1))
-        tokens += rows.shape[0] * rows.shape[1]
-    bias = cast(Any, cut).mixer.out_proj.bias
-    return (total / tokens + (0.0 if bias is None else bias.double())).float()
+    bias = projection.weight.float()[:, gone] @ mean.to(projection.weight.device)[gone]
+    return bias if projection.bias is None else bias + projection.bias.float()
 
 
 def _inputs(block: nn.Module, hidden: Tensor) -> Tensor:

@@ -96,6 +96,7 @@ class _Cutter:
         use_backend(self.small, next(mixers(model)).backend)
         self.taps = {} if chosen and not step.rotates else dict(TAPS.get(step.criterion, {}))
         self.taps |= {"norm": SquaredSum} if step.correction == "rescale" else {}
+        self.taps |= {"out_proj": Spread} if step.correction == "bias" else {}
         self.found: list[Edit] = []
 
     def block(
@@ -103,10 +104,12 @@ class _Cutter:
     ) -> tuple[nn.Module, float | None]:
         """The cut block, and the share of its units that stays; None where it has none."""
         size = self.axes[layer].size
+        if not size:
+            return block, None
         if layer not in self.finished:
-            self.finished[layer] = self._choose(layer, block, statistics, hidden) if size else self._beside(layer)
+            self.finished[layer] = self._choose(layer, block, statistics, hidden)
         self.found += self.finished[layer]
-        return self._cut(layer, block, self.finished[layer]), self.after[layer] / size if size else None
+        return self._cut(layer, block, self.finished[layer]), self.after[layer] / size
 
     def _choose(
         self, layer: int, block: nn.Module, statistics: Mapping[str, Any], hidden: Sequence[Tensor]
@@ -123,14 +126,14 @@ class _Cutter:
             new = self._replace(layer, name, refitted(block, self._cut(layer, block, made), hidden))
             made.append(Surgery(self.arch, made).lift(new, self.shapes))
         elif self.step.correction == "bias":
-            made.append(self._biased(layer, compensated(block, self._cut(layer, block, made), hidden)))
+            gone = removed(self.axes[layer], cast(Keep, made[0]).keep, "mixer.out_proj.weight")[1]
+            bias = compensated(cast(Any, block).mixer.out_proj, gone, statistics["out_proj"].mean)
+            if self.arch.biased:
+                made.append(self._replace(layer, BIAS, bias))
+            else:  # one layer's dtype, for a product takes no other
+                weight = self._replace(layer, "mixer.out_proj.weight", bias)
+                made.append(self._add(layer, BIAS, weight.values))
         return made
-
-    def _beside(self, layer: int) -> list[Edit]:
-        """What a block that has no units gets since the others do: a bias of zeros."""
-        if self.step.correction != "bias" or self.arch.biased:
-            return []
-        return [self._biased(layer, torch.zeros(self.arch.width))]
 
     def _fewer(self, layer: int, block: nn.Module, statistics: Mapping[str, Any]) -> list[Edit]:
         """The units that stay, or the bases that take all of them to so few."""
@@ -142,12 +145,6 @@ class _Cutter:
             return [self.chosen[layer]]
         scorer = Scorer(self.arch, axis, layer, block, statistics, self.fisher, self.seed, after)
         return [Keep(axis.name, layer, best(scorer.score(self.step.criterion), after, groups_of(self.arch, axis.name)))]
-
-    def _biased(self, layer: int, values: Tensor) -> Edit:
-        if self.arch.biased:
-            return self._replace(layer, BIAS, values)
-        weight = self._replace(layer, "mixer.out_proj.weight", values)  # its dtype, for a product takes no other
-        return self._add(layer, BIAS, weight.values)
 
     def _add(self, layer: int, name: str, values: Tensor) -> Add:
         return Add(self.arch.prefix(layer) + name, values.cpu())
@@ -165,8 +162,6 @@ class _Cutter:
                 state[edit.tensor] = edit.values.to(state.get(edit.tensor, state[f"{prefix}norm.weight"]))
         left = self.arch.blocks(self.small)[layer]
         cut = {name.removeprefix(prefix): surgery.cut(name, state[name]) for name in state}
-        if BIAS in left.state_dict():  # which is not known before the block is cut
-            cut.setdefault(BIAS, torch.zeros_like(cut["norm.weight"]))
         left.load_state_dict(cut, assign=True)
         fill_buffers(left, next(block.parameters()).device)
         return left.eval()

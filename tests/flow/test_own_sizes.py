@@ -34,7 +34,7 @@ HEADS = {"axis": "head", "keep": 0.5, "method": "flap", "correct": "bias"}
 CHANNELS = {"axis": "channel", "keep": 0.5, "method": "flap", "correct": "bias", "scope": "model"}
 COMPOSED = {
     "rotated first": ("mamba2", [ROTATED, HEADS, WIDTH, *BLOCKS, *ZEROS]),
-    "scans first": ("mamba2", [*BLOCKS, ROTATED | {"correct": "bias"}, WIDTH, *ZEROS, HEADS]),
+    "scans first": ("mamba2", [*BLOCKS, ROTATED, WIDTH, *ZEROS, HEADS]),
     "width first": ("mamba2-grouped", [WIDTH, HEADS, BLOCKS[0], ROTATED | {"scope": "model", "keep": 9}, *ZEROS]),
     "over the model": ("mamba", [CHANNELS, *BLOCKS, WIDTH, {"axis": "state", "keep": 0.5, "scope": "model"}, *ZEROS]),
 }

@@ -68,21 +68,15 @@ def test_without_a_loss_the_refit_changes_nothing():
 
 
 @torch.no_grad()
-def test_the_bias_is_the_mean_of_what_went():
-    """Channels that are constant over the text go without any error; else the output's mean is the dense one's."""
-    model = models.ours("mamba")
-    arch, x = arch_for(model.config), [model.get_input_embeddings()(IDS)]
-    keep = [Keep("channel", layer, torch.arange(64) < 40) for layer in range(2)]
-    dense, cut = arch.blocks(model)[0], arch.blocks(Surgery(arch, keep).operate(model))[0]
-    found = compensated(dense, cut, x)
-    assert torch.allclose(found, (dense(x[0]) - cut(x[0])).mean((0, 1)), atol=1e-5)
-    for name in ("in_proj", "conv1d", "x_proj"):  # what goes is constant, and nothing else hears of it
-        parameter = dense.mixer.get_parameter(f"{name}.weight")
-        (parameter[:, 40:] if name == "x_proj" else parameter[40:64]).zero_()
-    dense.mixer.in_proj.weight[104:].zero_()
-    cut = arch.blocks(Surgery(arch, keep).operate(model))[0]
-    error = dense(x[0]) - cut(x[0]) - compensated(dense, cut, x)
-    assert error.abs().max() < 1e-5
+def test_the_bias_stands_in_for_the_mean_of_what_went():
+    """Inputs of out_proj that are constant go without any error."""
+    projection, x, gone = torch.nn.Linear(9, 4, bias=False), torch.randn(50, 9), torch.tensor([1, 4, 8])
+    x[:, gone] = torch.tensor([0.5, -2.0, 7.0])
+    left = torch.ones(9).index_fill(0, gone, 0.0)
+    bias = compensated(projection, gone, x.mean(0))
+    assert torch.allclose((x * left) @ projection.weight.T + bias, projection(x), atol=1e-5)
+    biased = torch.nn.Linear(9, 4)
+    assert torch.allclose((x * left) @ biased.weight.T + compensated(biased, gone, x.mean(0)), biased(x), atol=1e-5)
 
 
 @torch.no_grad()
@@ -95,6 +89,11 @@ def test_the_walk_adds_a_bias_or_changes_the_one_there_is():
         step, after = Cut(axis=axis, keep=0.5, method="flap", correct="bias"), arch.axes()[axis].size // 2
         found = find_units(model, arch, step, after, IDS, dtypes)
         assert [type(edit) for edit in found] == [Keep, kind] * 2 and found[1].values.dtype == torch.bfloat16
+        mixer, (kept, bias, *_) = model.backbone.layers[0].mixer, found
+        x = torch.cat([inputs(model.backbone.layers[0], model.get_input_embeddings()(row[None])) for row in IDS])
+        gone = (~kept.keep).repeat_interleave(x.shape[1] // len(kept.keep))
+        wanted = (mixer.out_proj.weight[:, gone] @ x.mean(0)[gone]) + (mixer.out_proj.bias if kind is Replace else 0.0)
+        assert torch.allclose(bias.values.float(), wanted, rtol=2e-2, atol=1e-4)
         edits.apply(found, dict(model.named_parameters()))
         small = Surgery(arch, found).operate(model)
         assert torch.equal(small.backbone.layers[1].mixer.out_proj.bias, found[3].values.float())

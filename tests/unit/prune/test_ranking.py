@@ -143,7 +143,7 @@ def test_blocks_without_a_scan_take_no_part(method):
     arch = arch_for(arch.resized([*arch.sizes, arch.sizes[1]]))
     torch.manual_seed(0)
     model, known = arch.build("cpu").eval(), {key: tensor.shape for key, tensor in arch.build().named_parameters()}
-    step = Cut(axis="state", keep=4, scope="model", method=method, any_size=True, correct="bias")
+    step = Cut(axis="state", keep=4, scope="model", method=method, any_size=True)
     found = cut(model, arch, step, Weights(known, dict.fromkeys(known, 4)), IDS)
     small = Surgery(arch, found).arch
     sizes = [layer["state"] for layer in small.sizes]

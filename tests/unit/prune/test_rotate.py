@@ -102,16 +102,14 @@ def test_fewer_states_lose_less_than_coordinates_do(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("correct", ["none", "bias"])
-def test_a_block_without_a_scan_is_not_rotated(correct):
+def test_a_block_without_a_scan_is_not_rotated():
     model, ids = models.ours("mamba2"), models.tokens(3, 20)
     arch = arch_for(CONFIGS["mamba2"])
     one = Surgery(arch, [Keep(SSM, None, torch.tensor([False, True]))])
-    step = Cut(axis="state", method="rotate", keep=4, correct=correct)
+    step = Cut(axis="state", method="rotate", keep=4)
     found = find_units(one.operate(model), one.arch, step, 4, ids)
     two = Surgery(one.arch, found)
     assert two.arch.rotated == (None, 16) and [each["state"] for each in two.arch.sizes] == [0, 4]
-    assert two.arch.out_proj_bias == (correct == "bias")
     assert Surgery(one.arch, outline(one.arch, step, 4)).arch.config.block_sizes == two.arch.config.block_sizes
     shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
     both = Surgery(arch, compose(one.keeps, [one.lift(edit, shapes) for edit in found]))
