@@ -39,8 +39,8 @@ from ssmcompress.steps import METHODS, Cut
 
 KEPT = Path(__file__).parent / "results"
 MODELS = {
-    "mamba": ("state", "channel", "dt_rank", "layer"),
-    "mamba2": ("state", "head", "head_channel", "layer"),
+    "mamba": ("state", "channel", "dt_rank", "width", "ssm", "layer"),
+    "mamba2": ("state", "head", "head_channel", "width", "ssm", "layer"),
 }
 ACROSS = {  # of each axis the scores and the correction whose units compete over the whole model too
     "state": (("ghost", "rotate"), "none"),
@@ -97,9 +97,9 @@ def cases(model: str) -> Iterator[Cut]:
 
 
 def _corrections(axis: str, method: str) -> Iterator[str]:
-    if axis not in ("layer", "dt_rank"):
+    if axis not in ("width", "ssm", "layer", "dt_rank"):
         yield "refit"
-    if axis in ("head", "head_channel") and method in ("minitron", "flap"):
+    if axis == "width" or (axis in ("head", "head_channel") and method in ("minitron", "flap")):
         yield "rescale"
     if method in BIASED.get(axis, ()):
         yield "bias"

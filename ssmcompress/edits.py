@@ -117,7 +117,7 @@ class Forget(Mask):
 
 @dataclass(frozen=True, eq=False)
 class Keep(_Kept):
-    """Which units of an axis stay, keep [units] bool: of one layer, or of the whole model (the axis `layer`)."""
+    """Which units of an axis stay, keep [units] bool: of one layer, or of the whole model (layers, scans, width)."""
 
     kind: ClassVar[str] = "keep"
     axis: str

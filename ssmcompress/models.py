@@ -6,8 +6,9 @@ from transformers import AutoConfig
 
 from ssmcompress import reference
 from ssmcompress.arch.registry import FAMILIES, arch_for
-from ssmcompress.arch.surgery import LAYER
 from ssmcompress.events import Emit, Table, ignore
+from ssmcompress.prune.sizes import expressible
+from ssmcompress.steps import LAYER, SSM, WIDTH
 
 
 @dataclass(frozen=True)
@@ -36,4 +37,6 @@ def _family(model_type: str) -> Family:
     arch = arch_for(AutoConfig.for_model(model_type))
     axes = arch.axes()
     stock = tuple(name for name, axis in axes.items() if axis.config_key)
-    return Family(model_type, arch.prunable, (*axes, LAYER), (*stock, LAYER), arch.hookless)
+    own = () if arch.pruned_config is None else (SSM,)
+    wide = (WIDTH,) if expressible(arch, WIDTH, arch.width - 1) else ()
+    return Family(model_type, arch.prunable, (*axes, WIDTH, *own, LAYER), (*stock, *wide, LAYER), arch.hookless)

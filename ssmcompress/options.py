@@ -26,7 +26,7 @@ Method = Literal[
     "rotate",
     "random",
 ]
-AxisName = Literal["state", "channel", "dt_rank", "head", "head_channel", "layer"]
+AxisName = Literal["state", "channel", "dt_rank", "head", "head_channel", "width", "ssm", "layer"]
 
 WHAT, TEXT, MEASURE, GATE, OUTPUT, COMPUTE = (
     "What to prune",
@@ -79,8 +79,8 @@ Correct = Annotated[
     Literal["none", "rescale", "refit", "bias"] | None,
     typer.Option(
         "--correct",
-        help="Make up for what went: by new weights of out_proj, or by those of the norm that heads share.",
-        show_default="refit for channels and heads",
+        help="Make up for what went: by new weights of out_proj, or by those of the norm that units share.",
+        show_default="refit for channels and heads, rescale for width",
         rich_help_panel=WHAT,
     ),
 ]

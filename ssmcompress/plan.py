@@ -22,11 +22,11 @@ from ssmcompress.errors import InputError, RecipeError, ResourceError, Unsupport
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
 from ssmcompress.prune.shares import sized
-from ssmcompress.prune.sizes import Figures, Size, Weights, figures, outline, weigh
+from ssmcompress.prune.sizes import Figures, Size, Weights, figures, outline, unlike, weigh
 from ssmcompress.prune.targets import Target, formless, targets
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import read, shipped
-from ssmcompress.steps import Cut, Step
+from ssmcompress.steps import SSM, Cut, Step
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def plan(
             expected.apart,
         ),
     )
-    _tell(found, emit)
+    _tell(found, expected.exact, emit)
     return found
 
 
@@ -82,7 +82,7 @@ class Forecast:
     """What steps would leave: which shapes, and the share of each tensor's entries that is not set to zero.
 
     `memory` is the share of the entries of each A_log that is not made memoryless. Layers will differ on the axes
-    `apart`, nothing says yet how: there the shapes are as even as can be.
+    `apart`, nothing says yet how: there the shapes are as even as can be, or those of the first layers.
     """
 
     surgery: Surgery
@@ -96,6 +96,11 @@ class Forecast:
     def stock(self) -> bool:
         """Whether a config of transformers says the sizes."""
         return self.surgery.arch.stock and not self.apart
+
+    @property
+    def exact(self) -> bool:
+        """Whether any choice of units leaves as much: a single step that shares out units counts them all."""
+        return not self.apart or (len(self.sizes) == 1 and self.sizes[0].open)
 
     def zeros(self, shapes: Mapping[str, torch.Size], before: Mapping[str, int]) -> dict[str, int]:
         """The zeros of every tensor, by new name, at least: those there, which masks may choose again, or theirs."""
@@ -122,9 +127,10 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
         surgery = Surgery(arch, units)
         left, names = weights.after(surgery), surgery.names(weights.shapes)
         if isinstance(step, Cut):
-            sizes.append(sized(surgery.arch, step, left, apart))
-            apart |= {step.axis} if sizes[-1].open else set()
-            cut = outline(surgery.arch, step, sizes[-1].layers or sizes[-1].after)
+            sizes.append(change := sized(surgery.arch, step, left, apart))
+            if change.after < change.before:
+                apart |= {step.axis} if change.open else unlike(surgery.arch, step.axis)
+            cut = outline(surgery.arch, step, change.layers or change.after)
             units = editing.compose(units, [surgery.lift(edit, weights.shapes) for edit in cut])
             continue
         for module, target in targets(surgery.arch, step).items():
@@ -170,7 +176,7 @@ def names_of(arch: Arch, module: str) -> list[str]:
     """The tensor names of one kind of module."""
     if module in arch.outer:
         return [arch.outer_weight(module)]
-    return [arch.weight(layer, module) for layer in range(arch.layers)]
+    return [arch.weight(layer, module) for layer in range(arch.layers) if module in arch.modules(layer)]
 
 
 def expected_kept(shape: torch.Size, module: str, target: Target, method: str) -> float:
@@ -217,8 +223,8 @@ def records_of(
     axes `apart` leave of a tensor differs by layer, and is not known yet.
     """
     records, arch, whole = [], surgery.source, surgery.shapes(shapes)
-    cuts = ((layer, arch.axes(layer)[axis]) for layer in surgery.layers for axis in apart)
-    unknown = {arch.prefix(layer) + part.tensor for layer, axis in cuts for part in axis.slices}
+    cuts = ((layer, (arch.axes(layer) | {SSM: arch.scan(layer)})[axis]) for layer in surgery.layers for axis in apart)
+    unknown = {arch.prefix(layer) + tensor for layer, axis in cuts for tensor in axis.tensors}
     for name, old in surgery.names(shapes).items():
         shape = surgery.shape(old, whole[old])
         left = "a size of its layer's own" if old in unknown else _times(shape)
@@ -279,14 +285,14 @@ def size_rows(before: Figures | SizeRecord, after: Figures | SizeRecord) -> tupl
     return tuple(rows)
 
 
-def _tell(found: Plan, emit: Emit) -> None:
+def _tell(found: Plan, exact: bool, emit: Emit) -> None:
     for change in found.sizes:
         emit(Note(change.note or f"{change.after} of {change.before} {change.axis}s stay."))
         if change.layers:
             each = "for the scores to say" if change.open else ", ".join(map(str, change.layers))
             emit(Note(f"These are the {change.axis}s of all layers; how many each keeps: {each}."))
-    if len(found.sizes) > 1 and any(change.open for change in found.sizes):
-        emit(Note("What is left after is an estimate: it depends on how many units each layer keeps."))
+    if not exact:
+        emit(Note("What is left after is an estimate: layers differ, and it depends on what each keeps."))
     params, *others = size_rows(found.before, found.after)
     before = "not counted" if found.zeros_before is None else f"{found.zeros_before:,}"
     after = f"at least {found.zeros:,}" if found.zeros_before else f"{found.zeros:,}"

@@ -118,7 +118,7 @@ def shape(arch: Arch, stored: Shards, edits: Sequence[Edit]) -> ShapeRecord | No
 def _size(surgery: Surgery, weights: Weights) -> SizeRecord:
     sizes = surgery.arch.sizes
     axes = {axis: tuple(each[axis] for each in sizes) for axis in sizes[0]}
-    return SizeRecord(**asdict(figures(surgery, weights)), axes=axes)
+    return SizeRecord(**asdict(figures(surgery, weights)), axes=axes, width=surgery.arch.width)
 
 
 def _summary(

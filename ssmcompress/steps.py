@@ -11,16 +11,19 @@ Scope = Literal["row", "tensor"]
 Method = Literal["wanda", "magnitude", "sparsegpt", "sparsessm", "sparsessm_v2"]
 SPARSESSM = ("sparsessm", "sparsessm_v2")  # on the entries of A_log
 UNITS = ("taylor", "flap", "minitron", "magnitude", "random")
+LAYER, SSM, WIDTH = WHOLE = "layer", "ssm", "width"  # axes of the model: blocks, their scans, residual dimensions
 METHODS = {  # of each axis, the usual one first
     "state": ("ghost", "joint", "sparsessm", "last", "taylor", "magnitude", "random", "rotate"),
     "channel": UNITS,
     "dt_rank": ("wanda", "taylor", "magnitude", "random"),
     "head": UNITS,
     "head_channel": UNITS,
+    "width": ("minitron", "taylor", "magnitude", "random"),
+    "ssm": ("shedder", "similarity", "random"),
     "layer": ("shedder", "similarity", "random"),
 }
-REFITTED = ("channel", "head", "head_channel")
-WHOLE = ("layer",)  # axes of the whole model, not of a block
+INNER = ("channel", "head", "head_channel")  # axes whose units are inputs of out_proj
+USUAL = dict.fromkeys(INNER, "refit") | {"width": "rescale"}  # corrections; others: none
 
 
 class Strict(BaseModel):
@@ -115,19 +118,19 @@ class Prune(Strict):
 
 
 class Cut(Strict):
-    """Removes units of an axis from every layer, or whole layers: those of which the method makes least.
+    """Removes units of an axis from every layer, or dimensions, scans or layers of the model: those of least score.
 
     `keep` is the share that stays (up to 1) or their number (above 1); `target` a budget: params=75%, state=50% or
     memory=500MB, of the whole model. By `scope` every layer keeps as many units, or those of the whole model compete:
     layers then end with sizes of their own, and a number is that of all. `correct` makes up for what went: refit solves
     each out_proj for the dense block's output, and is usual for channels and heads; bias gives it the mean of what
-    went; rescale corrects the norm that heads share. The method rotate takes the states of Mamba-2 to a basis of fewer
-    instead of choosing among them. `any_size` lets sizes pass that kernels run slowly or not at all; `stock_only`
-    refuses those that no config of transformers says.
+    went; rescale corrects the norms that heads, or dimensions, share, and is usual for the latter. The method rotate
+    takes the states of Mamba-2 to a basis of fewer instead of choosing among them. `any_size` lets sizes pass that
+    kernels run slowly or not at all; `stock_only` refuses those that no config of transformers says.
     """
 
     step: Literal["prune"] = "prune"
-    axis: Literal["state", "channel", "dt_rank", "head", "head_channel", "layer"]
+    axis: Literal["state", "channel", "dt_rank", "head", "head_channel", "width", "ssm", "layer"]
     method: str | None = None
     keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     target: str | None = None
@@ -147,11 +150,13 @@ class Cut(Strict):
     def _consistent(self) -> "Cut":
         if (self.keep is None) == (self.target is None):
             raise ValueError(f"an axis needs either keep or target, to say how many units of {self.axis} stay")
-        if self.correct == "rescale" and self.axis not in ("head", "head_channel"):
-            raise ValueError(f"rescale corrects the norm that heads share; the axis {self.axis} has none")
-        if self.correct == "refit" and self.axis == "layer":
-            raise ValueError("refit needs a block whose output projection stays; the axis layer leaves none")
-        if self.correct == "bias" and self.axis not in REFITTED:
+        if self.correct == "rescale" and self.axis not in ("head", "head_channel", WIDTH):
+            raise ValueError(f"rescale corrects the norm that units share; those of the axis {self.axis} have none")
+        if self.correct == "refit" and self.axis in WHOLE:
+            raise ValueError(
+                f"refit corrects blocks of which units go one by one; the axis {self.axis} has no form of it"
+            )
+        if self.correct == "bias" and self.axis not in INNER:
             raise ValueError(f"bias stands in for inputs of out_proj that went; the axis {self.axis} leaves them all")
         if self.scope and self.axis in WHOLE:
             raise ValueError(f"scope has no meaning with the axis {self.axis}, which is one for the whole model")
@@ -168,8 +173,8 @@ class Cut(Strict):
 
     @property
     def correction(self) -> str:
-        """What makes up for the units that went; usually a refit where it helped on the validation novel."""
-        return self.correct or ("refit" if self.axis in REFITTED else "none")
+        """What makes up for the units that went; usually what helped on the validation novel."""
+        return self.correct or USUAL.get(self.axis, "none")
 
     @property
     def rotates(self) -> bool:

@@ -1,9 +1,9 @@
 """What every family tells the rest of the house: its blocks, its prunable weights, its axes and what couples them."""
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,47 +11,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ssmcompress import kernels
+from ssmcompress.arch.axis import Axis, Slice
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.kernels.reference import PAD, step_size
+from ssmcompress.steps import SSM, WIDTH
 
 Taps = Callable[[str, Any], None]
 Offset = Callable[[Tensor], Tensor]
 BIAS = "mixer.out_proj.bias"
 ROTATION = ("mixer.rotation.B", "mixer.rotation.C")
 DECAYS = "A_log"  # what makes states remember, named beside modules that have a weight
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Where an axis cuts one tensor: unit i owns the indices offset + r·period + i·width + (0 … width-1) of dim."""
-
-    tensor: str
-    dim: int
-    offset: int = 0
-    width: int = 1
-    period: int = 0
-    repeats: int = 1
-
-    def indices(self, unit: int) -> list[int]:
-        """The indices along dim that unit i owns."""
-        starts = (self.offset + r * self.period + unit * self.width for r in range(self.repeats))
-        return [start + k for start in starts for k in range(self.width)]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A kind of unit that can be removed from a block, and every tensor that must shrink with it (methods: §1.5)."""
-
-    name: str
-    size: int
-    slices: tuple[Slice, ...]
-    config_key: str | None  # the stock config field that can say the new size; None: no stock config can
-
-    def parameters(self, shapes: Mapping[str, torch.Size]) -> int:
-        """Parameters one unit owns, given the shapes of the block's tensors."""
-        return sum(
-            len(part.indices(0)) * shapes[part.tensor].numel() // shapes[part.tensor][part.dim] for part in self.slices
-        )
 
 
 class Arch(ABC):
@@ -65,6 +34,8 @@ class Arch(ABC):
     outer: tuple[str, ...] = ("embeddings", "lm_head")  # outside the blocks: pruned only when asked for by name
     hookless: tuple[str, ...]  # weights a forward hook on their module never sees, or that have no module
     fixed: tuple[str, ...]  # weights kept on purpose: a few values a channel or head that set the dynamics
+    scan_axes: tuple[str, ...]  # those whose units are the scan's: without it there are none
+    scan_only: tuple[str, ...]  # tensors of a block that serve its scan and nothing else
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
@@ -89,9 +60,51 @@ class Arch(ABC):
     def model_class(self) -> type[PreTrainedModel]:
         """The stock causal language model with our mixer in every block."""
 
+    @property
+    def width(self) -> int:
+        """Residual dimensions."""
+        return self.config.hidden_size
+
+    def narrowed(self, width: int) -> Self:
+        """This family with another number of residual dimensions: its config is to be `resized`, not to be built."""
+        config = copy.copy(self.config)
+        vars(config)["hidden_size"] = width  # past the checks, which hold the other sizes against it
+        return type(self)(config)
+
+    def residual(self) -> Axis:
+        """The residual dimensions, and what runs along them in every block and, by whole names, outside the blocks."""
+        slices = (
+            Slice("backbone.embeddings.weight", 1),
+            Slice("norm.weight", 0),
+            Slice("mixer.in_proj.weight", 1),
+            *self.rows("out_proj"),
+            Slice("backbone.norm_f.weight", 0),
+            Slice("lm_head.weight", 1),
+        )
+        return Axis(WIDTH, self.width, slices, "hidden_size")
+
     @abstractmethod
     def axes(self, layer: int = 0) -> dict[str, Axis]:
         """The axes of one block, by name."""
+
+    def has_scan(self, layer: int) -> bool:
+        """Whether a block has a scan: states."""
+        return self.sizes[layer]["state"] > 0
+
+    def scan(self, layer: int) -> Axis:
+        """A block's scan as one unit, with what it owns of the tensors that it shares; `scan_only` goes whole."""
+        return Axis(SSM, 1, (), None)
+
+    def coupled(self, axis: str) -> set[str]:
+        """The tensors that an axis runs along: of the blocks, and by whole names those outside."""
+        along = [self.residual()] if axis == WIDTH else [self.axes(layer)[axis] for layer in range(self.layers)]
+        return set().union(*(each.tensors for each in along))
+
+    def modules(self, layer: int) -> tuple[str, ...]:
+        """The prunable modules that a block has, and the decays where it has them."""
+        gone = () if self.has_scan(layer) else self.scan_only
+        known = (*self.prunable, DECAYS)
+        return tuple(name for name in known if self.weight(layer, name).removeprefix(self.prefix(layer)) not in gone)
 
     @abstractmethod
     def state_bytes(self) -> int:
@@ -125,7 +138,7 @@ class Arch(ABC):
         """The tensors that edits may add to a block, with their shapes: an axis has its size, None any."""
         if self.pruned_config is None or self.biased:
             return {}
-        return {BIAS: (self.config.hidden_size,)}
+        return {BIAS: (WIDTH,)}
 
     def resized(
         self,
@@ -162,6 +175,8 @@ class Arch(ABC):
     def _shared(self, sizes: Sequence[Mapping[str, int]]) -> dict[str, int]:
         """What a stock config says of these sizes; UnsupportedError where layers differ."""
         first = dict(sizes[0])
+        if not all(block["state"] for block in sizes):
+            raise UnsupportedError(f"A stock {self.stock_config.model_type} config has a scan in every block.")
         for layer, other in enumerate(sizes):
             for name, size in other.items():
                 if size != first[name]:
@@ -208,7 +223,7 @@ class Arch(ABC):
 
     def rows(self, module: str, **where: int) -> tuple[Slice, ...]:
         """The same cut through the rows of a module's weight and, where the config gives it one, its bias."""
-        biased = self.config.use_conv_bias if module == "conv1d" else self.config.use_bias
+        biased = {"conv1d": self.config.use_conv_bias, "out_proj": self.biased}.get(module, self.config.use_bias)
         names = ("weight", "bias") if biased else ("weight",)
         return tuple(Slice(f"mixer.{module}.{name}", 0, **where) for name in names)
 
@@ -342,10 +357,10 @@ def hold(dt: Tensor, mask: Tensor | None) -> Tensor:
     return silence(dt, mask, PAD)
 
 
-def adopt(blocks: Iterable[Any], mixer: type[Mixer]) -> None:
-    """Gives every block's mixer our forward: the same parameters under the same names."""
+def adopt(blocks: nn.ModuleList, *kinds: type[Mixer]) -> None:
+    """Gives every block's mixer our forward, of the kind that it is of: the same parameters under the same names."""
     for block in blocks:
-        block.mixer.__class__ = mixer
+        block.mixer.__class__ = next(kind for kind in kinds if issubclass(kind, type(block.mixer)))
 
 
 def fill_buffers(model: nn.Module, device: str | torch.device) -> None:

@@ -1,6 +1,7 @@
 """Mamba-1: the family's axes and its mixer on our kernels (mamba, falcon_mamba)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from transformers.cache_utils import Cache
 from transformers.models.falcon_mamba import modeling_falcon_mamba as stock_falcon
 from transformers.models.mamba import modeling_mamba as stock
 
-from ssmcompress.arch.base import Arch, Axis, Mixer, Scan, Slice, adopt, decay, hold, real_positions, silence
+from ssmcompress.arch.axis import Axis, Slice
+from ssmcompress.arch.base import Arch, Mixer, Scan, adopt, decay, hold, real_positions, silence
 from ssmcompress.arch.modeling_ssmcompress import PrunedMambaConfig
 
 
@@ -101,6 +103,8 @@ class Mamba(Arch):
     prunable = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
     hookless = ("conv1d", "dt_proj", "A_log", "D")
     fixed = ("A_log", "D", "embeddings", "lm_head")
+    scan_axes = PrunedMambaConfig.scan_axes
+    scan_only = ("mixer.x_proj.weight", "mixer.dt_proj.weight", "mixer.dt_proj.bias", "mixer.A_log")
 
     def axes(self, layer: int = 0) -> dict[str, Axis]:
         """Channel, state and dt_rank; the state's index is shared by all channels of a layer."""
@@ -122,10 +126,15 @@ class Mamba(Arch):
             Slice("mixer.x_proj.weight", 0, offset=rank + size),
         )
         dt_rank = (Slice("mixer.x_proj.weight", 0), Slice("mixer.dt_proj.weight", 1))
+        axes = (
+            Axis("channel", width, channel, "intermediate_size"),
+            Axis("state", size, state, "state_size"),
+            Axis("dt_rank", rank, dt_rank, "time_step_rank"),
+        )
+        gone = () if self.has_scan(layer) else self.scan_only
         return {
-            "channel": Axis("channel", width, channel, "intermediate_size"),
-            "state": Axis("state", size, state, "state_size"),
-            "dt_rank": Axis("dt_rank", rank, dt_rank, "time_step_rank"),
+            axis.name: replace(axis, slices=tuple(part for part in axis.slices if part.tensor not in gone))
+            for axis in axes
         }
 
     def state_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """Mamba-2: the family's axes and its mixer on our kernels."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -9,19 +10,8 @@ from transformers import Mamba2Config, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
-from ssmcompress.arch.base import (
-    ROTATION,
-    Arch,
-    Axis,
-    Mixer,
-    Scan,
-    Slice,
-    adopt,
-    decay,
-    hold,
-    real_positions,
-    silence,
-)
+from ssmcompress.arch.axis import Axis, Slice
+from ssmcompress.arch.base import ROTATION, Arch, Mixer, Scan, adopt, decay, hold, real_positions, silence
 from ssmcompress.arch.modeling_ssmcompress import PrunedMamba2Config
 from ssmcompress.errors import UnsupportedError
 
@@ -106,11 +96,13 @@ class Mamba2(Arch):
     prunable = ("in_proj", "conv1d", "out_proj")
     hookless = ("conv1d", "A_log", "D", "dt_bias")
     fixed = ("A_log", "D", "dt_bias", "rotation", "embeddings", "lm_head")
+    scan_axes = PrunedMamba2Config.scan_axes
+    scan_only = ("mixer.dt_bias", "mixer.A_log", *ROTATION)
 
     def axes(self, layer: int = 0) -> dict[str, Axis]:
         """Head, head_channel (the same index in every head) and state (the same index in every group, for B and C)."""
         heads, width, states = (self.sizes[layer][axis] for axis in ("head", "head_channel", "state"))
-        groups, inner, size = self.config.n_groups, heads * width, self.rotated[layer] or states
+        groups, inner, size = self.config.n_groups, heads * width, self._projected(layer)
 
         def inner_units(**where: int) -> tuple[Slice, ...]:
             return (
@@ -132,6 +124,8 @@ class Mamba2(Arch):
             where = {"period": size, "repeats": groups}
             plain += self.rows("in_proj", offset=inner + start, **where) + self.rows("conv1d", offset=start, **where)
         rotated = tuple(Slice(name, 1) for name in ROTATION)
+        if not size:
+            per_head, plain = (Slice("mixer.D", 0),), ()
         return {
             "head": Axis("head", heads, inner_units(width=width) + per_head, None),
             "head_channel": Axis("head_channel", width, inner_units(period=width, repeats=heads), None),
@@ -141,17 +135,31 @@ class Mamba2(Arch):
     def additions(self, layer: int) -> dict[str, tuple[int | str | None, ...]]:
         """A bias of out_proj, and the basis [groups, fewer, states] of B and of C."""
         found = super().additions(layer)
-        if self.rotated[layer] is None:
+        if self.has_scan(layer) and self.rotated[layer] is None:
             found |= dict.fromkeys(ROTATION, (self.config.n_groups, None, "state"))
         return found
+
+    def scan(self, layer: int) -> Axis:
+        """A block's scan as one unit: B, C and dt in in_proj, behind z and x; B and C in the convolution."""
+        heads, width = (self.sizes[layer][axis] for axis in ("head", "head_channel"))
+        inner, shared = heads * width, 2 * self.config.n_groups * self._projected(layer)
+        slices = (
+            *self.rows("in_proj", offset=2 * inner, width=shared + heads),
+            *self.rows("conv1d", offset=inner, width=shared),
+        )
+        return replace(super().scan(layer), slices=slices)
+
+    def _projected(self, layer: int) -> int:
+        """How many states in_proj gives B and C, before they are rotated."""
+        return self.rotated[layer] or self.sizes[layer]["state"]
 
     def state_bytes(self) -> int:
         """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""
         left, groups = self.config.conv_kernel - 1, self.config.n_groups
         entries = 0
-        for block, before in zip(self.sizes, self.rotated, strict=True):
-            inner, size = block["head"] * block["head_channel"], block["state"]
-            entries += inner * size + (inner + 2 * groups * (before or size)) * left
+        for layer, block in enumerate(self.sizes):
+            inner = block["head"] * block["head_channel"]
+            entries += inner * block["state"] + (inner + 2 * groups * self._projected(layer)) * left
         return 4 * entries
 
     def fields(self, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ssmcompress.arch.base import ROTATION, Arch
 from ssmcompress.arch.mamba2 import Mamba2Mixer
-from ssmcompress.arch.surgery import LAYER, removed
+from ssmcompress.arch.surgery import removed
 from ssmcompress.edits import Add, Edit, Keep
+from ssmcompress.steps import SSM, WIDTH
 
 WEIGHTLESS = {"state": ("b_layernorm", "c_layernorm"), "dt_rank": ("dt_layernorm",)}
 
@@ -61,16 +62,37 @@ def mask(model: nn.Module, arch: Arch, edits: Iterable[Edit]) -> None:
     for edit in edits:
         if not isinstance(edit, Keep):
             continue
-        if edit.layer is None:
+        if edit.axis == WIDTH:
+            _mask_width(model, arch, edit.keep)
+        elif edit.layer is None:
             for layer in (~edit.keep).nonzero().flatten().tolist():
-                for parameter in blocks[layer].mixer.out_proj.parameters():
-                    parameter.zero_()
+                mixer = blocks[layer].mixer
+                for tensor in _readout(mixer) if edit.axis == SSM else mixer.out_proj.parameters():
+                    tensor.zero_()
         else:
             _mask_block(blocks[edit.layer], arch, edit)
 
 
+def _mask_width(model: nn.Module, arch: Arch, keep: Tensor) -> None:
+    blocks = arch.blocks(model)
+    for module in (model, *blocks):
+        for name, parameter in module.named_parameters():
+            for dim, gone in removed(arch.residual(), keep, name).items():
+                parameter.index_fill_(dim, gone, 0.0)
+    for block in cast(Any, blocks):
+        block.norm = KeptNorm(block.norm, keep)
+    cast(Any, model).backbone.norm_f = KeptNorm(arch.final_norm(model), keep)
+
+
+def _readout(mixer: Any) -> list[Tensor]:
+    """The rows of C, by which the states are read: in Mamba-2 those of the convolution, which C passes; none at all."""
+    if hasattr(mixer, "x_proj"):
+        return [mixer.x_proj.weight[-mixer.ssm_state_size :]]
+    rows = mixer.n_groups * mixer.ssm_state_size if hasattr(mixer, "n_groups") else 0
+    return [parameter[len(parameter) - rows :] for parameter in mixer.conv1d.parameters()]
+
+
 def _mask_block(block: nn.Module, arch: Arch, edit: Keep) -> None:
-    assert edit.axis != LAYER
     axis = arch.axes(edit.layer or 0)[edit.axis]
     for name, parameter in block.named_parameters():
         for dim, gone in removed(axis, edit.keep, name).items():

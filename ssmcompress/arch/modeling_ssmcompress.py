@@ -2,8 +2,9 @@
 
 ssmcompress writes this file beside weights that no config of transformers describes; it imports nothing but torch and
 transformers. `block_sizes` in config.json holds the sizes of each block; the fields that are one number for all blocks
-are those of the model that was cut. `out_proj_bias` gives out_proj, and nothing else, a bias. A block of Mamba-2 with
-`rotated_from` projects that many states of B and C into a basis of fewer before the scan.
+are those of the model that was cut. A block with no states has no scan. `out_proj_bias` gives out_proj, and nothing
+else, a bias. A block of Mamba-2 with `rotated_from` projects that many states of B and C into a basis of fewer before
+the scan.
 """
 
 import copy
@@ -20,7 +21,7 @@ ROTATED = "rotated_from"
 
 
 def check(config: Any) -> None:
-    """ValueError unless block_sizes gives every axis of every block a size."""
+    """ValueError unless block_sizes gives every axis of every block a size, or those of its scan none."""
     sizes, layers = config.block_sizes, config.num_hidden_layers
     if not isinstance(sizes, list) or len(sizes) != layers:
         found = f"has {len(sizes)} entries" if isinstance(sizes, list) else f"is {sizes!r}"
@@ -30,13 +31,15 @@ def check(config: Any) -> None:
         if not isinstance(block, dict) or set(block) - set(config.optional) != set(config.axes):
             found = ", ".join(map(str, block)) if isinstance(block, dict) else repr(block)
             raise ValueError(f"{where} holds {found or 'nothing'}; expected {', '.join(config.axes)}.")
+        scanless = all(block[axis] == 0 for axis in config.scan_axes)
         for axis, size in block.items():
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{where} gives {axis} as {size!r}; expected a whole number of at least 1.")
+            if type(size) is not int or size < (0 if scanless and axis in config.scan_axes else 1):
+                less = f", or {' and '.join(config.scan_axes)} 0 for no scan" if axis in config.scan_axes else ""
+                raise ValueError(f"{where} gives {axis} as {size!r}; expected a whole number of at least 1{less}.")
         if block.get("head", 0) % getattr(config, "n_groups", 1):
             raise ValueError(f"{where} gives head as {block['head']}; expected a multiple of {config.n_groups} groups.")
-        if block["state"] > block.get(ROTATED, block["state"]):
-            raise ValueError(f"{where} gives state as {block['state']}; expected at most the {block[ROTATED]} it was.")
+        if ROTATED in block and not 1 <= block["state"] <= block[ROTATED]:
+            raise ValueError(f"{where} gives state as {block['state']}; expected 1 to the {block[ROTATED]} it was.")
     if type(config.out_proj_bias) is not bool:
         raise ValueError(f"out_proj_bias is {config.out_proj_bias!r}; expected true or false.")
 
@@ -47,6 +50,7 @@ class PrunedMambaConfig(MambaConfig):
     model_type = "ssmcompress_mamba"
     axes = ("channel", "state", "dt_rank")
     optional = ()
+    scan_axes = ("state", "dt_rank")
     block_sizes: list[dict[str, int]] | None = None
     out_proj_bias: bool = False
 
@@ -70,12 +74,17 @@ class PrunedMamba2Config(Mamba2Config):
     model_type = "ssmcompress_mamba2"
     axes = ("head", "head_channel", "state")
     optional = (ROTATED,)
+    scan_axes = ("state",)
     block_sizes: list[dict[str, int]] | None = None
     out_proj_bias: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.rescale_prenorm_residual = False  # it would divide loaded weights
+        check(self)
+
+    def validate(self) -> None:
+        """Before it is saved: the one number of heads for all blocks need not fill the hidden size."""
         check(self)
 
     def fields(self, sizes: dict[str, int]) -> dict[str, Any]:
@@ -170,19 +179,79 @@ def convolve(mixer: Any, x: Tensor, cache: Any) -> Tensor:
     return y[..., -length:].transpose(1, 2)
 
 
-def rebuild(model: Any, kind: Any) -> None:
+class GatedConvolution(nn.Module):
+    """What is left of a Mamba-1 mixer without its scan: with C h silent, the scan of x gives D x.
+
+    Without D, which the published code of Mamba-Shedder drops too, it would be the block of MambaOut.
+    """
+
+    def __init__(self, config: Any, mixer: Any) -> None:
+        super().__init__()
+        inner, kernel = mixer.intermediate_size, config.conv_kernel
+        self.layer_idx, self.intermediate_size, self.conv_kernel_size = mixer.layer_idx, inner, kernel
+        self.activation, self.act = mixer.activation, mixer.act
+        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=config.use_bias)
+        self.conv1d = nn.Conv1d(inner, inner, kernel, groups=inner, padding=kernel - 1, bias=config.use_conv_bias)
+        self.D = nn.Parameter(torch.ones(len(mixer.D)))
+        self.out_proj = mixer.out_proj
+
+    def halves(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """x and z of what in_proj gives."""
+        x, z = projected.chunk(2, dim=-1)
+        return x, z
+
+    def skip(self, x: Tensor) -> Tensor:
+        """D x [B, L, inner], of the dtype of x."""
+        return (x * self.D.repeat_interleave(x.shape[-1] // len(self.D))).to(x.dtype)
+
+    def gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """What out_proj takes in."""
+        return y * nn.functional.silu(z)
+
+    def forward(
+        self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Hidden states [B, L, d] → [B, L, d]; the cache keeps the last inputs of the convolution."""
+        x, z = self.halves(self.in_proj(hidden_states))
+        if attention_mask is not None:
+            x = x * attention_mask[:, -x.shape[1] :, None].to(x.dtype)
+        y = self.skip(convolve(self, x, cache_params))
+        return self.out_proj(self.gated(y, z))
+
+
+class GatedConvolution2(GatedConvolution):
+    """What is left of a Mamba-2 mixer without its scan; D is one number a head, and the gate has a norm."""
+
+    def __init__(self, config: Any, mixer: Any) -> None:
+        super().__init__(config, mixer)
+        self.norm = mixer.norm
+
+    def halves(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """x and z of what in_proj gives, where z is first."""
+        z, x = projected.chunk(2, dim=-1)
+        return x, z
+
+    def gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """What out_proj takes in."""
+        return self.norm(y, z)
+
+
+def rebuild(model: Any, kind: Any, scanless: Any) -> None:
     """Gives a model the blocks that its config describes."""
     blocks = []
     for layer, sizes in enumerate(model.config.block_sizes):
         config = copy.copy(model.config)
-        vars(config).update(config.fields(sizes))  # past the checks, which want a whole expand
+        some = {axis: size or 1 for axis, size in sizes.items()}
+        vars(config).update(config.fields(some))  # past the checks, which want a whole expand
         blocks.append(block := kind(config, layer_idx=layer))
+        if not sizes["state"]:
+            block.mixer = scanless(config, block.mixer)
+        elif ROTATED in sizes:
+            block.mixer.rotation = Rotation(config.n_groups, sizes["state"], sizes[ROTATED])
+            block.mixer.__class__ = RotatedMamba2Mixer
         if config.out_proj_bias:
             block.mixer.out_proj = nn.Linear(block.mixer.intermediate_size, config.hidden_size)
             block.mixer.use_bias = True  # the fused kernels ask this
-        if ROTATED in sizes:
-            block.mixer.rotation = Rotation(config.n_groups, sizes["state"], sizes[ROTATED])
-            block.mixer.__class__ = RotatedMamba2Mixer
     model.backbone.layers = nn.ModuleList(blocks)
     model.post_init()
 
@@ -194,7 +263,7 @@ class PrunedMambaForCausalLM(MambaForCausalLM):
 
     def __init__(self, config: PrunedMambaConfig) -> None:
         super().__init__(config)
-        rebuild(self, MambaBlock)
+        rebuild(self, MambaBlock, GatedConvolution)
 
 
 class PrunedMamba2ForCausalLM(Mamba2ForCausalLM):
@@ -204,4 +273,4 @@ class PrunedMamba2ForCausalLM(Mamba2ForCausalLM):
 
     def __init__(self, config: PrunedMamba2Config) -> None:
         super().__init__(config)
-        rebuild(self, mamba2.Mamba2Block)
+        rebuild(self, mamba2.Mamba2Block, GatedConvolution2)

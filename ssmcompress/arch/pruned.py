@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ssmcompress.arch import modeling_ssmcompress as modeling
 from ssmcompress.arch.base import Arch, adopt
+from ssmcompress.arch.gated import GatedMixer, GatedMixer2
 from ssmcompress.arch.mamba import Mamba, MambaMixer
 from ssmcompress.arch.mamba2 import Mamba2, Mamba2Mixer, Mamba2Model
 
@@ -25,10 +26,10 @@ class PrunedMambaForCausalLM(modeling.PrunedMambaForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        adopt(self.backbone.layers, MambaMixer)
+        adopt(self.backbone.layers, MambaMixer, GatedMixer)
 
 
-class RotatedMamba2Mixer(Mamba2Mixer):
+class RotatedMamba2Mixer(Mamba2Mixer, modeling.RotatedMamba2Mixer):
     """The mixer of Mamba-2 whose states live in a basis of their own."""
 
     def _basis(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,8 +41,7 @@ class PrunedMamba2ForCausalLM(modeling.PrunedMamba2ForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        for block in self.backbone.layers:
-            adopt([block], RotatedMamba2Mixer if hasattr(block.mixer, "rotation") else Mamba2Mixer)
+        adopt(self.backbone.layers, Mamba2Mixer, RotatedMamba2Mixer, GatedMixer2)
         self.backbone.__class__ = Mamba2Model
 
 

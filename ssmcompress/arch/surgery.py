@@ -1,7 +1,7 @@
 """Removes units from a model and adds tensors to it: what an axis couples is cut together, and keeps its bits."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssmcompress.arch.base import BIAS, ROTATION, Arch, Axis, mixers, use_backend
+from ssmcompress.arch.axis import Axis
+from ssmcompress.arch.base import BIAS, ROTATION, Arch, mixers, use_backend
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.edits import Add, Edit, Keep, Mask, Replace
 from ssmcompress.errors import InputError, UnsupportedError
+from ssmcompress.steps import LAYER, SSM, WHOLE, WIDTH
 
-LAYER = "layer"  # the axis of whole blocks
 BLOCK = re.compile(r"backbone\.layers\.(\d+)\.(.+)")
 
 
@@ -33,8 +34,11 @@ class Surgery:
         self.added = {edit.tensor: edit.values for edit in edits if isinstance(edit, Add)}
         for edit in self.keeps:
             self._check(edit)
-        blocks = next((edit.keep for edit in self.keeps if edit.axis == LAYER), torch.ones(arch.layers).bool())
+        kept = {edit.axis: edit.keep for edit in self.keeps if edit.layer is None}
+        blocks, scans = (kept.get(axis, torch.ones(arch.layers, dtype=torch.bool)) for axis in (LAYER, SSM))
         self.layers = [layer for layer in range(arch.layers) if blocks[layer]]
+        self.width = int(kept[WIDTH].sum()) if WIDTH in kept else arch.width
+        self.silent = {layer for layer in self.layers if arch.has_scan(layer) and not scans[layer]}
         self._check_added()
 
     @cached_property
@@ -47,10 +51,13 @@ class Surgery:
             if edit.layer in self.layers:
                 sizes[self.layers.index(edit.layer)][edit.axis] = int(edit.keep.sum())
         for new, layer in enumerate(self.layers):
-            if (basis := self.added.get(self.source.prefix(layer) + ROTATION[0])) is not None:
+            basis = self.added.get(self.source.prefix(layer) + ROTATION[0])
+            if layer in self.silent:
+                rotated[new], sizes[new] = None, sizes[new] | dict.fromkeys(self.source.scan_axes, 0)
+            elif basis is not None:
                 rotated[new], sizes[new]["state"] = sizes[new]["state"], basis.shape[1]
         bias = any(name.endswith(BIAS) for name in self.added)
-        return arch_for(self.source.resized(sizes, out_proj_bias=bias, rotated=rotated))
+        return arch_for(self.source.narrowed(self.width).resized(sizes, out_proj_bias=bias, rotated=rotated))
 
     def names(self, tensors: Iterable[str]) -> dict[str, str]:
         """New name → name, of the tensors that stay, in their order, and of those that are new."""
@@ -59,7 +66,7 @@ class Surgery:
             inside = BLOCK.fullmatch(name)
             if inside is None:
                 found[name] = name
-            elif (layer := int(inside[1])) in self.layers:
+            elif (layer := int(inside[1])) in self.layers and not self._went(layer, inside[2]):
                 found[self.source.prefix(self.layers.index(layer)) + inside[2]] = name
         return found
 
@@ -80,16 +87,13 @@ class Surgery:
 
     def indices(self, name: str, shape: torch.Size) -> dict[int, Tensor]:
         """The indices that stay of a tensor of this shape, by the dimension that is cut."""
-        inside = BLOCK.fullmatch(name)
-        if inside is None:
-            return {}
-        layer, stays = int(inside[1]), dict[int, Tensor]()
-        new = self.source.additions(layer).get(inside[2], ())
-        for edit in self.keeps:
-            if edit.layer == layer:
-                for dim, gone in removed(self.source.axes(layer)[edit.axis], edit.keep, inside[2]).items():
-                    stays.setdefault(dim, torch.ones(shape[dim], dtype=torch.bool))[gone] = False
-                stays |= {dim: edit.keep for dim, size in enumerate(new) if size == edit.axis}
+        inside, stays = BLOCK.fullmatch(name), dict[int, Tensor]()
+        layer, tensor = (-1, name) if inside is None else (int(inside[1]), inside[2])
+        new = () if inside is None else self.source.additions(layer).get(tensor, ())
+        for axis, keep in self._cuts(layer):
+            for dim, gone in removed(axis, keep, tensor).items():
+                stays.setdefault(dim, torch.ones(shape[dim], dtype=torch.bool))[gone] = False
+            stays |= {dim: keep for dim, size in enumerate(new) if size == axis.name}
         return {dim: stay.nonzero().flatten() for dim, stay in stays.items()}
 
     def lift(self, edit: Edit, shapes: Mapping[str, torch.Size]) -> Edit:
@@ -119,7 +123,7 @@ class Surgery:
         assert inside is not None
         layer = self.layers[int(inside[1])]
         sizes = zip(self.source.additions(layer)[inside[2]], edit.values.shape, strict=True)
-        known = self.source.sizes[layer]
+        known = self._units(layer)
         return self.source.prefix(layer) + inside[2], torch.Size(known.get(str(name), size) for name, size in sizes)
 
     def operate(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -133,22 +137,39 @@ class Surgery:
         use_backend(small, next(mixers(model)).backend)
         return small.train(model.training)
 
+    def _went(self, layer: int, tensor: str) -> bool:
+        """Whether a tensor of a block went with its scan."""
+        return layer in self.silent and tensor in self.source.scan_only
+
+    def _cuts(self, layer: int) -> Iterator[tuple[Axis, Tensor]]:
+        """What is cut of one block (or outside, -1), axis by axis, and which units of it stay."""
+        for edit in self.keeps:
+            if edit.layer == layer:
+                yield self.source.axes(layer)[edit.axis], edit.keep
+            elif edit.axis == WIDTH:
+                yield self.source.residual(), edit.keep
+        if layer in self.silent:
+            yield self.source.scan(layer), torch.zeros(1, dtype=torch.bool)
+
     def _lift_units(self, edit: Keep) -> Keep:
         layer = None if edit.layer is None else self.layers[edit.layer]
-        if edit.axis == LAYER:
-            keep = torch.zeros(self.source.layers, dtype=torch.bool)
+        if edit.axis in (LAYER, SSM):  # what it says of blocks that went is of no account
+            keep = torch.full((self.source.layers,), edit.axis != LAYER)
             keep[self.layers] = edit.keep
             return replace(edit, keep=keep)
         before = next((each.keep for each in self.keeps if (each.axis, each.layer) == (edit.axis, layer)), None)
-        keep = (
-            torch.ones(self.source.sizes[layer or 0][edit.axis], dtype=torch.bool) if before is None else before.clone()
-        )
+        keep = torch.ones(self._units(layer)[edit.axis], dtype=torch.bool) if before is None else before.clone()
         keep[keep.nonzero().flatten()] = edit.keep
         return replace(edit, layer=layer, keep=keep)
 
+    def _units(self, layer: int | None) -> dict[str, int]:
+        """How many units a Keep of each axis speaks of."""
+        layers, width = self.source.layers, self.source.width
+        return self.source.sizes[layer or 0] | {WIDTH: width, SSM: layers, LAYER: layers}
+
     def _check(self, edit: Keep) -> None:
-        inside = edit.layer is None if edit.axis == LAYER else edit.layer in range(self.source.layers)
-        known = self.source.sizes[(inside and edit.layer) or 0] | {LAYER: self.source.layers}
+        inside = edit.layer is None if edit.axis in WHOLE else edit.layer in range(self.source.layers)
+        known = self._units(edit.layer if inside else None)
         if edit.axis not in known:
             raise UnsupportedError(
                 f"{self.source.model_type} has no axis {edit.axis!r}.", hint=f"It has {', '.join(known)}."
@@ -173,22 +194,23 @@ class Surgery:
 
     def _place(self, layer: int, name: str) -> tuple[int | None, ...] | None:
         """The shape that a new tensor must have, None where it may be any; None where it has no place."""
-        known, places = self.source.sizes[layer], self.source.additions(layer)
+        known, places = self._units(layer), self.source.additions(layer)
         if name not in places:
             return None
         return tuple(known[size] if isinstance(size, str) else size for size in places[name])
 
     def _require_alike(self) -> None:
-        """InputError unless every layer that stays gets the same new tensors, and bases of one size."""
-        places = [self.source.additions(layer) for layer in self.layers]
-        blocks = [
-            {place: self.added[name] for place in there if (name := self.source.prefix(layer) + place) in self.added}
-            for layer, there in zip(self.layers, places, strict=True)
-        ]
-        for block in blocks:
-            bases = [block[name].shape for name in ROTATION if name in block]
-            if block.keys() != blocks[0].keys() or (bases and bases != bases[:1] * len(ROTATION)):
-                raise InputError("The edits add different tensors to different layers.", hint="Make them again.")
+        """InputError unless each new tensor is for every layer that has a place for it, and bases are of one size."""
+        news: dict[str, list[torch.Size | None]] = {}
+        for layer in self.layers:
+            for place in self.source.additions(layer):
+                if not self._went(layer, place):
+                    new = self.added.get(self.source.prefix(layer) + place)
+                    news.setdefault(place, []).append(None if new is None else new.shape)
+        partly = any(None in shapes and any(shapes) for shapes in news.values())
+        into, out = (news.get(name) for name in ROTATION)
+        if partly or into != out:
+            raise InputError("The edits add different tensors to different layers.", hint="Make them again.")
 
 
 def _fits(expected: tuple[int | None, ...], shape: torch.Size) -> bool:

@@ -4,7 +4,7 @@ The residual stream is kept in float32 and passed on, so that every block sees w
 """
 
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ class Walk:
     collect: Mapping[str, type[Statistic]]
     edit: EditBlock
     batch: int = 1  # windows at a time: on a CPU one is the fastest and takes the least memory
-    known: Container[int] = ()  # layers whose edits an earlier run has found: not observed again
+    known: Container[int] = ()  # layers that are not observed: their edits were found before, or there are none
 
     @torch.no_grad()
     def run(self, model: nn.Module, arch: Arch, windows: Tensor, emit: Emit = ignore) -> list[Tensor]:
@@ -43,7 +43,8 @@ class Walk:
         hidden = [embed(ids).float() for ids in windows.split(self.batch)]
         for layer, block in enumerate(arch.blocks(model)):
             started = time.perf_counter()
-            statistics, dense = ({}, None) if layer in self.known else self._observe(layer, block, hidden)
+            lacking = set() if arch.has_scan(layer) else {"scan", *arch.prunable} - set(arch.modules(layer))
+            statistics, dense = ({}, None) if layer in self.known else self._observe(layer, block, hidden, lacking)
             edited, kept = self.edit(layer, block, statistics, hidden)
             for i, rows in enumerate(hidden):
                 hidden[i] = edited(rows)
@@ -51,7 +52,9 @@ class Walk:
             emit(LayerDone(layer, arch.layers, time.perf_counter() - started, error, kept))
         return hidden
 
-    def _observe(self, layer: int, block: nn.Module, hidden: list[Tensor]) -> tuple[dict[str, Statistic], Tensor]:
+    def _observe(
+        self, layer: int, block: nn.Module, hidden: list[Tensor], lacking: Set[str]
+    ) -> tuple[dict[str, Statistic], Tensor]:
         """What the dense block's modules take in, and the block's output of the first batch."""
         statistics: dict[str, Statistic] = {}
 
@@ -65,7 +68,7 @@ class Walk:
             first = block(hidden[0])
             for rows in hidden[1:] if self.collect else ():
                 block(rows)
-        silent = [module for module in self.collect if module not in statistics]
+        silent = [module for module in self.collect if module not in statistics and module not in lacking]
         if silent:
             raise UnsupportedError(
                 f"No calibration input reached {', '.join(silent)} of layer {layer}.",

@@ -88,17 +88,26 @@ class TensorRecord(Record):
 
 
 class SizeRecord(Record):
-    """How large a model is: entries and bytes of its weights, bytes of its state, each axis's size layer by layer."""
+    """How large a model is: entries and bytes of its weights, bytes of its state, each axis's size layer by layer.
+
+    `width` is the number of residual dimensions.
+    """
 
     params: int
     weight_bytes: int
     state_bytes: int
     axes: dict[str, tuple[int, ...]]
+    width: int | None = None
 
     @property
     def layers(self) -> int:
         """The number of blocks."""
         return max(map(len, self.axes.values()))
+
+    @property
+    def scans(self) -> int:
+        """The number of blocks that have a scan: states."""
+        return sum(size > 0 for size in self.axes["state"])
 
 
 class ShapeRecord(Record):
@@ -110,7 +119,12 @@ class ShapeRecord(Record):
 
     def changes(self) -> dict[str, tuple[str, str]]:
         """Each axis that changed, as text before and after: one number, or the range and mean of layers that differ."""
-        pairs = {"layer": (str(self.before.layers), str(self.after.layers))}
+        pairs = {
+            axis: (str(getattr(self.before, key)), str(getattr(self.after, key)))
+            for axis, key in (("layer", "layers"), ("width", "width"))
+        }
+        if self.after.scans < self.after.layers:
+            pairs["ssm"] = (str(self.before.scans), str(self.after.scans))
         for axis, sizes in self.before.axes.items():
             pairs[axis] = (_span(sizes), _span(self.after.axes[axis]))
         return {axis: pair for axis, pair in pairs.items() if pair[0] != pair[1]}
@@ -155,9 +169,11 @@ class Manifest(Record):
 
 
 def _span(sizes: tuple[int, ...]) -> str:
-    if min(sizes) == max(sizes):
-        return str(sizes[0])
-    return f"{min(sizes)} to {max(sizes)} (on average {sum(sizes) / len(sizes):.4g})"
+    """The sizes of the blocks that have such units."""
+    found = [size for size in sizes if size] or [0]
+    if min(found) == max(found):
+        return str(found[0])
+    return f"{min(found)} to {max(found)} (on average {sum(found) / len(found):.4g})"
 
 
 def versions() -> dict[str, str]:

@@ -46,7 +46,7 @@ def allocate(
 def _worth(score: Tensor, sizes: Sequence[int], groups: int) -> list[float]:
     """The sum of the best scores for each size."""
     best = score.double().cpu().view(groups, -1).sort(dim=1, descending=True).values.sum(0).cumsum(0)
-    return best[torch.tensor(sizes) // groups - 1].tolist()
+    return torch.cat([best.new_zeros(1), best])[torch.tensor(sizes) // groups].tolist()
 
 
 def _with_layer(worth: np.ndarray, layer: Sequence[float], sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -84,7 +84,8 @@ class _Pruner:
 
     def block(self, layer: int, block: nn.Module, statistics: Mapping[str, Statistic]) -> float | None:
         """Prunes the targets of one block; returns the share of their entries that stays, None without any."""
-        names = {module: self.arch.weight(layer, module) for module in self.inner}
+        there = [module for module in self.inner if module in self.arch.modules(layer)]
+        names = {module: self.arch.weight(layer, module) for module in there}
         prefix = self.arch.prefix(layer)
         weights = {module: block.get_parameter(name.removeprefix(prefix)).data for module, name in names.items()}
         made = self.finished.get(layer)

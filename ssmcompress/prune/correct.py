@@ -13,12 +13,14 @@ RIDGE = 0.01  # of the mean square of an input: how strongly the new weights are
 
 
 def rescaled(norm: Any, alive: Tensor, energy: Tensor) -> Tensor:
-    """The weight [D] of a gated norm whose mean is that of `alive` [D] alone, corrected for the energy that went.
+    """The weight [D] of a norm whose mean is that of `alive` [D] alone, corrected for the energy that went.
 
-    energy [D] is E[(y ⊙ silu(z))²] of the dense block. Each group's weight is scaled by the root of the mean energy of
-    what stays over that of all, so that what stays comes out of the norm, on average, as large as before.
+    energy [D] is the mean square of what the dense norm takes in, times its gate where it has one. Each group's weight
+    is scaled by the root of the mean energy of what stays over that of all, so that what stays comes out of the norm,
+    on average, as large as before.
     """
-    stays, mean = alive.view(-1, norm.group_size), energy.view(-1, norm.group_size)
+    size = getattr(norm, "group_size", len(alive))
+    stays, mean = alive.view(-1, size), energy.view(-1, size)
     left = (mean * stays).sum(1) / stays.sum(1)
     scale = (left / mean.mean(1).clamp_min(torch.finfo(mean.dtype).tiny)).sqrt()
     return (norm.weight.float().view_as(stays) * scale[:, None].to(norm.weight.device)).flatten()

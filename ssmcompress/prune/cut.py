@@ -7,15 +7,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch
-from ssmcompress.arch.surgery import LAYER
 from ssmcompress.edits import Edit, Keep
 from ssmcompress.events import Emit, Note, ignore
-from ssmcompress.prune.depth import find_layers
+from ssmcompress.prune.depth import find_blocks
 from ssmcompress.prune.ranking import choose
 from ssmcompress.prune.shares import sized
 from ssmcompress.prune.sizes import Weights
 from ssmcompress.prune.units import find_units
-from ssmcompress.steps import Cut
+from ssmcompress.prune.width import find_width
+from ssmcompress.steps import LAYER, SSM, WIDTH, Cut
 
 
 def cut(
@@ -38,11 +38,14 @@ def cut(
     found = sized(arch, step, weights)
     if found.note:
         emit(Note(found.note))
-    if step.axis == LAYER:
-        return find_layers(model, arch, step, found.after, windows, seed, emit, finished)
+    if step.axis in (LAYER, SSM):
+        return find_blocks(model, arch, step, found.after, windows, seed, emit, finished)
+    if step.axis == WIDTH:
+        return find_width(model, arch, step, found.after, windows, dtypes, seed, emit)
     finished = {} if finished is None else finished
     chosen: list[Keep] = []
     if step.reach == "model":
         chosen = choose(model, arch, step, found, weights, windows, seed, emit, finished)
-    after = [int(each.keep.sum()) for each in chosen] or found.layers or found.after
+    kept = {each.layer: int(each.keep.sum()) for each in chosen}
+    after = [kept.get(layer, 0) for layer in range(arch.layers)] if chosen else found.layers or found.after
     return find_units(model, arch, step, after, windows, dtypes, seed, emit, finished, chosen)

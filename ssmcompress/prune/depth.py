@@ -1,7 +1,7 @@
-"""Which whole blocks stay: those whose loss costs most, or those that turn the residual stream most."""
+"""Which whole blocks stay, or whose scans: those whose loss costs most, or those that turn their output most."""
 
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,16 +10,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch
-from ssmcompress.arch.surgery import LAYER
+from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Edit, Keep
 from ssmcompress.events import Emit, LayerDone, Note, Phase, ignore
 from ssmcompress.prune.scores import cosine_distance
-from ssmcompress.prune.sizes import best
-from ssmcompress.steps import Cut
+from ssmcompress.prune.sizes import best, units
+from ssmcompress.steps import LAYER, Cut
+
+Blocks = Sequence[Callable[[Tensor], Tensor]]
 
 
 @torch.no_grad()
-def find_layers(
+def find_blocks(
     model: PreTrainedModel,
     arch: Arch,
     step: Cut,
@@ -29,69 +31,89 @@ def find_layers(
     emit: Emit = ignore,
     finished: MutableMapping[int, list[Edit]] | None = None,
 ) -> list[Edit]:
-    """The blocks that stay, `after` of them; windows [n, L] of token ids, which random does not need.
+    """The blocks that stay, `after` of them, or that keep their scan; windows [n, L] of ids, which random does without.
 
     What `finished` holds of a greedy search is not searched again.
     """
-    emit(Phase(f"choosing layers by {step.criterion}", arch.layers))
-    if step.criterion == "shedder":
-        assert windows is not None
-        keep = _shed(model, arch, after, windows, emit, {} if finished is None else finished)
-    else:
-        score = _similarity(model, arch, windows, emit) if step.criterion == "similarity" else _random(arch, seed)
-        keep = best(score, after)
-    return [Keep(LAYER, None, keep)]
-
-
-def _random(arch: Arch, seed: int) -> Tensor:
-    return torch.rand(arch.layers, generator=torch.Generator().manual_seed(seed))
-
-
-def _similarity(model: PreTrainedModel, arch: Arch, windows: Tensor | None, emit: Emit) -> Tensor:
-    """1 - cos of the residual stream [layers] before and after each block, in the dense model (ShortGPT, eq. 1)."""
+    emit(Phase(f"choosing {step.axis}s by {step.criterion}", arch.layers))
+    there = units(arch, step.axis)
+    if step.criterion == "random":
+        score = torch.rand(arch.layers, generator=torch.Generator().manual_seed(seed))
+        return [Keep(step.axis, None, best(score.masked_fill(~there, -1), after))]
     assert windows is not None
-    hidden = [model.get_input_embeddings()(ids).float() for ids in windows.split(1)]
-    score = torch.zeros(arch.layers)
-    for layer, block in enumerate(arch.blocks(model)):
-        started = time.perf_counter()
-        for i, rows in enumerate(hidden):
-            hidden[i] = block(rows)
-            score[layer] += cosine_distance(rows.flatten(0, 1), hidden[i].flatten(0, 1)).float() / len(hidden)
-        emit(LayerDone(layer, arch.layers, time.perf_counter() - started))
-    return score
+    search = _Search(model, arch, step.axis, windows)
+    if step.criterion == "shedder":
+        keep = search.shed(there, after, emit, {} if finished is None else finished)
+    else:
+        keep = best(search.similarity(emit).masked_fill(~there, -1), after)
+    return [Keep(step.axis, None, keep)]
 
 
-def _shed(
-    model: PreTrainedModel,
-    arch: Arch,
-    after: int,
-    windows: Tensor,
-    emit: Emit,
-    finished: MutableMapping[int, list[Edit]],
-) -> Tensor:
-    """Takes away one block after the other, each time the one without which the text is likeliest (Mamba-Shedder)."""
-    left = list(range(arch.layers))
-    for turn in range(arch.layers - after):
-        started = time.perf_counter()
-        if turn not in finished:
-            costs = {gone: likelihood(model, arch, windows, [each for each in left if each != gone]) for gone in left}
-            left.remove(min(costs, key=lambda gone: costs[gone]))
-            finished[turn] = [Keep(LAYER, None, torch.isin(torch.arange(arch.layers), torch.tensor(left)))]
-            emit(Note(f"{len(left)} layers: {min(costs.values()):.4f} nats a token."))
-        left = cast(Keep, finished[turn][0]).keep.nonzero().flatten().tolist()
-        emit(LayerDone(turn, arch.layers - after, time.perf_counter() - started))
-    return torch.isin(torch.arange(arch.layers), torch.tensor(left))
+class _Search:
+    """A model's blocks, and beside each what takes its place without the unit: nothing, or the block without a scan."""
+
+    def __init__(self, model: PreTrainedModel, arch: Arch, axis: str, windows: Tensor) -> None:
+        self.model, self.arch, self.axis, self.windows = model, arch, axis, windows
+        self.blocks: Blocks = list(arch.blocks(model))
+        self.without: Blocks = [_nothing] * arch.layers
+        if axis != LAYER:
+            silent = Surgery(arch, [Keep(axis, None, torch.zeros(arch.layers, dtype=torch.bool))]).operate(model)
+            self.without = list(arch.blocks(silent))
+
+    def shed(self, there: Tensor, after: int, emit: Emit, finished: MutableMapping[int, list[Edit]]) -> Tensor:
+        """Takes away one unit after the other, each time the one without which the text is likeliest (Mamba-Shedder).
+
+        Which are `there` and which stay, [layers] bool.
+        """
+        turns = int(there.sum()) - after
+        for turn in range(turns):
+            started = time.perf_counter()
+            if turn not in finished:
+                costs = {gone: self.cost(_less(there, gone)) for gone in there.nonzero().flatten().tolist()}
+                finished[turn] = [Keep(self.axis, None, _less(there, min(costs, key=lambda gone: costs[gone])))]
+                left = int(there.sum()) - 1
+                emit(Note(f"{left} {self.axis}s: {min(costs.values()):.4f} nats a token."))
+            there = cast(Keep, finished[turn][0]).keep
+            emit(LayerDone(turn, turns, time.perf_counter() - started))
+        return there
+
+    def cost(self, keep: Tensor) -> float:
+        """Nats a token that the windows cost a model of which only these units stay."""
+        blocks = [(self.without, self.blocks)[stays][layer] for layer, stays in enumerate(keep.tolist())]
+        return likelihood(self.model, self.arch, self.windows, blocks)
+
+    def similarity(self, emit: Emit) -> Tensor:
+        """1 - cos of the residual stream [layers] after each block with the unit and without, in the dense model.
+
+        Of whole blocks that is the stream after and before (ShortGPT, eq. 1).
+        """
+        hidden = [self.model.get_input_embeddings()(ids).float() for ids in self.windows.split(1)]
+        score = torch.zeros(len(self.blocks))
+        for layer, block in enumerate(self.blocks):
+            started = time.perf_counter()
+            for i, rows in enumerate(hidden):
+                less, hidden[i] = self.without[layer](rows), block(rows)
+                score[layer] += cosine_distance(less.flatten(0, 1), hidden[i].flatten(0, 1)).float() / len(hidden)
+            emit(LayerDone(layer, len(self.blocks), time.perf_counter() - started))
+        return score
 
 
-def likelihood(model: PreTrainedModel, arch: Arch, windows: Tensor, layers: Sequence[int]) -> float:
-    """Nats a token that windows [n, L] cost a model of these blocks only."""
-    blocks = arch.blocks(model)
+def _nothing(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _less(there: Tensor, gone: int) -> Tensor:
+    return there & (torch.arange(len(there)) != gone)
+
+
+def likelihood(model: PreTrainedModel, arch: Arch, windows: Tensor, blocks: Blocks) -> float:
+    """Nats a token that windows [n, L] cost the model with these blocks in place of its own."""
     head = cast(Any, model).lm_head
     total = 0.0
     for ids in windows.split(1):
         hidden = model.get_input_embeddings()(ids).float()
-        for layer in layers:
-            hidden = blocks[layer](hidden)
+        for block in blocks:
+            hidden = block(hidden)
         logits = head(arch.final_norm(model)(hidden).to(head.weight.dtype)).float()
         total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
     return total / len(windows)

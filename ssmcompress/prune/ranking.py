@@ -15,7 +15,7 @@ from ssmcompress.edits import Edit, Keep
 from ssmcompress.events import Emit, Event, LayerDone, Note, Phase, ignore
 from ssmcompress.prune.shares import shared_out
 from ssmcompress.prune.sizes import Size, Weights, best, groups_of
-from ssmcompress.prune.units import TAPS, Scorer, squared_gradients
+from ssmcompress.prune.units import TAPS, Scorer, squared_gradients, without
 from ssmcompress.steps import Cut
 
 
@@ -41,6 +41,7 @@ def choose(
         finished[arch.layers] = [
             Keep(step.axis, layer, best(score, after, groups))
             for layer, (score, after) in enumerate(zip(scores, layers, strict=True))
+            if after
         ]
     chosen = [edit for edit in finished[arch.layers] if isinstance(edit, Keep)]
     told = ", ".join(str(int(edit.keep.sum())) for edit in chosen)
@@ -64,22 +65,23 @@ def rank(
     """
     fisher = {}
     if step.criterion == "taylor" and windows is not None:
-        fisher = squared_gradients(model, windows, arch.axes()[step.axis], emit)
+        fisher = squared_gradients(model, windows, arch.coupled(step.axis), emit)
     emit(Phase(f"scoring {step.axis}s by {step.criterion}", arch.layers))
     found: list[Tensor] = []
+    bare = without(arch, step.axis)
 
     def look(
         layer: int, block: nn.Module, statistics: Mapping[str, Any], _hidden: Sequence[Tensor]
     ) -> tuple[nn.Module, None]:
         scorer = Scorer(arch, arch.axes(layer)[step.axis], layer, block, statistics, fisher, seed, even[layer])
-        found.append(scorer.comparable(step.criterion).cpu())
+        found.append(torch.empty(0) if layer in bare else scorer.comparable(step.criterion).cpu())
         return block, None
 
     def tell(event: Event) -> None:  # nothing has changed yet, so that no layer has an error
         emit(replace(event, error=None) if isinstance(event, LayerDone) else event)
 
     if (taps := TAPS.get(step.criterion)) and windows is not None:
-        Walk(taps, look).run(model, arch, windows, tell)
+        Walk(taps, look, known=bare).run(model, arch, windows, tell)
         return found
     for layer, block in enumerate(arch.blocks(model)):
         started = time.perf_counter()

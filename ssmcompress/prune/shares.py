@@ -33,9 +33,9 @@ def sized(arch: Arch, step: Cut, weights: Weights, apart: Container[str] = ()) -
     does not have, and for a size that cannot be, naming the nearest.
     """
     require_form(arch, step)
-    if step.axis in arch.axes() and step.reach == "model":
+    if step.reach == "model":
         return _of_model(arch, step, weights)
-    if step.axis in arch.axes() and (step.axis in apart or len({each[step.axis] for each in arch.sizes}) > 1):
+    if step.reach and (step.axis in apart or len({*_before(arch, step)} - {0}) > 1):
         return _of_each(arch, step)
     return size(arch, step, weights)
 
@@ -65,7 +65,7 @@ def shared_out(arch: Arch, step: Cut, weights: Weights, scores: Sequence[Tensor]
     whole, smallest = amount(before), amount(least)
     if smallest > (most := bound * whole if relative else bound):
         raise UnsupportedError(
-            f"{step.target} is out of reach of the axis {step.axis}: {least[0]} a layer leave {smallest:,}.",
+            f"{step.target} is out of reach of the axis {step.axis}: {max(least)} a layer leave {smallest:,}.",
             hint=f"The least is {kind}={-(-smallest * 100 // whole)}%.",
         )
     return share(most, amount=amount)
@@ -80,21 +80,22 @@ def _of_model(arch: Arch, step: Cut, weights: Weights) -> Size:
             f" that{reason}.",
             hint="Leave out --stock-only, or --scope model." if step.stock_only else "Leave out --scope model.",
         )
-    whole, layers = sum(_before(arch, step)), shared_out(arch, step, weights)
-    after, note = sum(layers), ""
+    before, layers = _before(arch, step), shared_out(arch, step, weights)
+    whole, after, note = sum(before), sum(layers), ""
     if step.target is None and after != (wanted := _wanted(step, whole)):
         if (step.keep or 0) > 1 or wanted - after > max(1, APART * whole):
             raise _impossible(step, whole, wanted, _why(arch, step), after)
         note = f"{after} of {whole} {step.axis}s stay, not {wanted:g}: {_why(arch, step)}."
     least = sum(each[0] for each in _possible(arch, step))
-    return Size(step.axis, whole, after, note, tuple(layers), open=arch.layers > 1 and least < after < whole)
+    return Size(step.axis, whole, after, note, tuple(layers), open=max(before) < whole and least < after < whole)
 
 
 def _of_each(arch: Arch, step: Cut) -> Size:
     """The same share of every layer, of layers that differ, to the nearest size that each can have."""
     before, keep = _before(arch, step), step.keep or 0.0
     if step.target is not None or keep > 1:
-        spread = f"{min(before)} to {max(before)}" if min(before) < max(before) else "different numbers of"
+        some = [units for units in before if units]
+        spread = f"{min(some)} to {max(some)}" if min(some) < max(some) else "different numbers of"
         raise UnsupportedError(
             f"The layers have {spread} {step.axis}s; one size for all is not chosen among those.",
             hint="Say a share of each (--keep 0.5), or --scope model.",
@@ -112,6 +113,7 @@ def _of_each(arch: Arch, step: Cut) -> Size:
 
 
 def _before(arch: Arch, step: Cut) -> list[int]:
+    """How many units each layer has: none without a scan, if they are its."""
     return [each[step.axis] for each in arch.sizes]
 
 
@@ -126,8 +128,7 @@ def _wanted(step: Cut, whole: int) -> float:
 
 
 def _why(arch: Arch, step: Cut) -> str:
-    free = all(len(sizes) == sizes[-1] for sizes in _possible(arch, step))
-    return "units are whole" if free else why(arch, step)
+    return why(arch, step, *_possible(arch, step))
 
 
 def _impossible(step: Cut, whole: int, wanted: float, reason: str, near: int) -> UnsupportedError:

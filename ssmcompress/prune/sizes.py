@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ssmcompress.arch.base import BIAS, ROTATION, Arch
-from ssmcompress.arch.surgery import LAYER, Surgery
+from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Add, Edit, Keep
 from ssmcompress.errors import UnsupportedError
-from ssmcompress.steps import Cut, budget
+from ssmcompress.steps import LAYER, SSM, WIDTH, Cut, budget
 
 CHANNELS = 8  # the kernels read channels by so many
 APART = 0.1  # of all units: a share that no size comes nearer to is refused rather than rounded
@@ -20,6 +20,8 @@ WHY = {
     "channel": f"the kernels read channels by {CHANNELS}",
     "head_channel": f"the kernels read channels by {CHANNELS}",
     "head": "every group keeps as many heads",
+    "width": f"the kernels read dimensions by {CHANNELS}",
+    "ssm": "a stock config has a scan in every block",
     "state": "the scan pads the states of Mamba-2 to a power of two, and gains nothing between",
 }
 
@@ -28,8 +30,8 @@ WHY = {
 class Size:
     """How many units of an axis stay of those there are, and why not exactly as many as asked for.
 
-    They are those of every layer alike, unless `layers` says how many each keeps: then of all together. Where `open`,
-    that is for the scores to say, and `layers` are as even as can be.
+    They are those of the model, or of every layer that has any, alike, unless `layers` says how many each keeps: then
+    of all together. Where `open`, that is for the scores to say, and `layers` are as even as can be.
     """
 
     axis: str
@@ -97,11 +99,7 @@ def size(arch: Arch, step: Cut, weights: Weights) -> Size:
 
     Raises UnsupportedError for an axis the family does not have, and for a size that cannot be, naming the nearest.
     """
-    known = {name: axis.size for name, axis in arch.axes().items()} | {LAYER: arch.layers}
-    if step.axis not in known:
-        hint = f"Its axes are {', '.join(known)}."
-        raise UnsupportedError(f"{arch.model_type} has no axis {step.axis!r}.", hint=hint)
-    before = known[step.axis]
+    before = count(arch, step.axis)
     sizes = possible(arch, step, before)
     if step.target is not None:
         return Size(step.axis, before, _within(arch, step, sizes, weights))
@@ -110,11 +108,36 @@ def size(arch: Arch, step: Cut, weights: Weights) -> Size:
     near = min(sizes, key=lambda each: (abs(each - wanted), each))
     if wanted == near:
         return Size(step.axis, before, near)
-    free = len(sizes) == before
     if keep > 1 or near == before or wanted < 0.5 or abs(near - wanted) > max(1, APART * before):
         raise _impossible(arch, step, before, wanted, sizes)
-    cause = "units are whole" if free else why(arch, step)
+    cause = why(arch, step, sizes)
     return Size(step.axis, before, near, f"{near} of {before} {step.axis}s stay, not {wanted:g}: {cause}.")
+
+
+def count(arch: Arch, axis: str) -> int:
+    """How many units the model has of an axis of its own, or the fullest of its blocks; UnsupportedError for none."""
+    known = {name: max(each[name] for each in arch.sizes) for name in arch.sizes[0]}
+    known |= {WIDTH: arch.width, SSM: int(units(arch, SSM).sum()), LAYER: arch.layers}
+    if axis not in known:
+        hint = f"Its axes are {', '.join(known)}."
+        raise UnsupportedError(f"{arch.model_type} has no axis {axis!r}.", hint=hint)
+    if not known[axis]:
+        raise UnsupportedError(f"No block has a scan, and without one there are no {axis}s.")
+    return known[axis]
+
+
+def units(arch: Arch, axis: str) -> Tensor:
+    """The layers [layers] (bool) that are units of the axis of whole blocks, or of that of their scans."""
+    return torch.tensor([axis == LAYER or arch.has_scan(layer) for layer in range(arch.layers)])
+
+
+def unlike(arch: Arch, axis: str) -> set[str]:
+    """The axes on which blocks differ, where scores choose which of them go or lose their scan."""
+    if axis not in (LAYER, SSM):
+        return set()
+    blocks = [arch.sizes[layer] for layer in units(arch, axis).nonzero().flatten().tolist()]
+    found = {name for name in blocks[0] if len({block[name] for block in blocks} - {0}) > 1}
+    return found | ({SSM} if len({block["state"] > 0 for block in blocks}) > 1 else set())
 
 
 def possible(arch: Arch, step: Cut, before: int) -> list[int]:
@@ -122,12 +145,12 @@ def possible(arch: Arch, step: Cut, before: int) -> list[int]:
     sizes = list(range(1, before))
     if step.axis == "head":
         sizes = [each for each in sizes if each % arch.config.n_groups == 0]
-    elif not step.any_size and step.axis in ("channel", "head_channel"):
+    elif not step.any_size and step.axis in ("channel", "head_channel", WIDTH):
         sizes = [each for each in sizes if each % CHANNELS == 0]
     elif not step.any_size and step.axis == "state" and "head" in arch.axes():
         sizes = [each for each in sizes if each.bit_count() == 1]
     if step.axis != LAYER and stock_only(arch, step):
-        sizes = [each for each in sizes if _expressible(arch, step.axis, each)]
+        sizes = [each for each in sizes if expressible(arch, step.axis, each)]
     return [*sizes, before]
 
 
@@ -136,31 +159,39 @@ def stock_only(arch: Arch, step: Cut) -> bool:
     return step.stock_only or arch.pruned_config is None
 
 
-def _expressible(arch: Arch, axis: str, size: int) -> bool:
+def expressible(arch: Arch, axis: str, size: int) -> bool:
+    """Whether a config of transformers says this size of an axis, of which there are more."""
+    if axis == SSM:
+        return False
+    sizes = [block if axis == WIDTH else block | {axis: size} for block in arch.sizes]
     try:
-        arch.resized([block | {axis: size} for block in arch.sizes], stock=True)
+        (arch.narrowed(size) if axis == WIDTH else arch).resized(sizes, stock=True)
     except UnsupportedError:
         return False
     return True
 
 
-def why(arch: Arch, step: Cut) -> str:
-    """What keeps an axis from having any size."""
-    heads = step.axis in ("head", "head_channel") and stock_only(arch, step)
-    return WHY[step.axis] + (", and a stock config has their channels fill whole hidden sizes" if heads else "")
+def why(arch: Arch, step: Cut, *possible: Sequence[int]) -> str:
+    """What keeps an axis from having any size, where these are possible, of one layer after the other."""
+    if all(len(sizes) == sizes[-1] for sizes in possible if sizes[-1]):
+        return "units are whole"
+    heads = step.axis in ("head", "head_channel", WIDTH) and "head" in arch.axes() and stock_only(arch, step)
+    return WHY[step.axis] + (", and a stock config has the channels of heads fill whole hidden sizes" if heads else "")
 
 
 def require_form(arch: Arch, step: Cut) -> None:
-    """UnsupportedError for what a family or its format has no form of."""
+    """UnsupportedError for an axis that a model has not, and for what a family or its format has no form of."""
+    count(arch, step.axis)
     if step.axis == "state" and any(arch.rotated):
         hint = "Start from the model as it was, and cut to the number you want."
         raise UnsupportedError("The states have been rotated: a second cut would mix the two bases.", hint=hint)
-    if step.rotates and ROTATION[0] not in arch.additions(0):
+    places = {place for layer in range(arch.layers) for place in arch.additions(layer)}
+    if step.rotates and ROTATION[0] not in places:
         raise UnsupportedError(
             f"{arch.model_type} has no form for rotated states.",
             hint="In Mamba-2 all states of a head decay alike, so that any basis will do; elsewhere use ghost.",
         )
-    if step.correction == "bias" and BIAS not in arch.additions(0) and not arch.biased:
+    if step.correction == "bias" and BIAS not in places and not arch.biased:
         raise UnsupportedError(f"{arch.model_type} has no form for a bias of out_proj.", hint="Use --correct refit.")
     if step.stock_only and (step.rotates or (step.correction == "bias" and not arch.biased)):
         hint = "Without --stock-only the output brings a modeling file that does."
@@ -169,24 +200,27 @@ def require_form(arch: Arch, step: Cut) -> None:
 
 def outline(arch: Arch, step: Cut, after: int | Sequence[int]) -> list[Edit]:
     """Edits of the shapes that any choice of units has: they keep the first of each layer, of every group alike."""
-    if step.axis == LAYER:
-        return [Keep(LAYER, None, torch.arange(arch.layers) < after)]
+    if step.axis in (LAYER, SSM):
+        there = units(arch, step.axis)
+        return [Keep(step.axis, None, there & (there.cumsum(0) <= after))]
+    if step.axis == WIDTH:
+        return [Keep(WIDTH, None, torch.arange(arch.width) < after)]
     groups, found = groups_of(arch, step.axis), list[Edit]()
-    for layer, size in enumerate(each_layer(arch, after)):
-        sizes, places = arch.sizes[layer], arch.additions(layer)
-        news = ROTATION if step.rotates else (BIAS,) if step.correction == "bias" and BIAS in places else ()
-        if not step.rotates:
-            units = torch.arange(sizes[step.axis] // groups)
-            found.append(Keep(step.axis, layer, (units < size // groups).repeat(groups)))
-        for name in news:
+    for layer, size in enumerate(each_layer(arch, step.axis, after)):
+        sizes, places = arch.sizes[layer] | {WIDTH: arch.width}, arch.additions(layer)
+        news = (ROTATION if step.rotates else ()) + ((BIAS,) if step.correction == "bias" else ())
+        if size and not step.rotates:
+            there = torch.arange(sizes[step.axis] // groups) < size // groups
+            found.append(Keep(step.axis, layer, there.repeat(groups)))
+        for name in (name for name in news if name in places):
             shape = [size if dim is None else dim if isinstance(dim, int) else sizes[dim] for dim in places[name]]
             found.append(Add(arch.prefix(layer) + name, torch.empty(shape, device="meta")))
     return found
 
 
-def each_layer(arch: Arch, after: int | Sequence[int]) -> list[int]:
-    """The size of each layer, where one number stands for all."""
-    return [after] * arch.layers if isinstance(after, int) else list(after)
+def each_layer(arch: Arch, axis: str, after: int | Sequence[int]) -> list[int]:
+    """The size of each layer, where one number stands for all that have such units."""
+    return [min(after, sizes[axis]) for sizes in arch.sizes] if isinstance(after, int) else list(after)
 
 
 def groups_of(arch: Arch, axis: str) -> int:
@@ -225,8 +259,8 @@ def _impossible(arch: Arch, step: Cut, before: int, wanted: float, sizes: list[i
     above = min((each for each in sizes if each > wanted), default=sizes[-1])
     near = " or ".join(f"{each} (--keep {each / before:.4g})" for each in sorted({below, above}))
     outside = wanted > before or wanted < 1
-    reason = f"there are {before}" if wanted > before else "at least one must" if wanted < 1 else why(arch, step)
-    forced = "" if outside or step.axis == "head" else " Or say --any-size."
+    reason = f"there are {before}" if wanted > before else "at least one must" if wanted < 1 else why(arch, step, sizes)
+    forced = "" if outside or step.axis in ("head", SSM, LAYER) else " Or say --any-size."
     return UnsupportedError(
         f"{wanted:g} of {before} {step.axis}s cannot stay: {reason}.", hint=f"The nearest possible: {near}.{forced}"
     )

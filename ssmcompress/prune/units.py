@@ -1,7 +1,7 @@
 """Scores the units of an axis, block by block, and keeps the best of each layer."""
 
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssmcompress.arch.base import BIAS, ROTATION, Arch, Axis, Slice, fill_buffers, mixers, use_backend
+from ssmcompress.arch.axis import Axis, Slice
+from ssmcompress.arch.base import BIAS, ROTATION, Arch, fill_buffers, mixers, use_backend
 from ssmcompress.arch.surgery import Surgery, removed
 from ssmcompress.calib.states import Gramians, States, StatesInTime
 from ssmcompress.calib.stats import Activity, Spread, SquaredSum, Statistic
@@ -50,18 +51,19 @@ def find_units(
 ) -> list[Edit]:
     """The units of a block's axis that stay, and the new values that make up for the others.
 
-    `after` stay in every layer, or of each its own number; where they are `chosen` already, those, one edit a layer.
-    The model is left as it is; each block takes in what the cut blocks before it make of windows [n, L] of token ids,
-    where the step needs them. Layers in `finished` keep what was found there; the others are added to it. New values
-    are rounded to the dtype that the checkpoint stores.
+    `after` stay in every layer that has any, or of each its own number; where they are `chosen` already, those, an edit
+    a layer. The model is left as it is; each block takes in what the cut blocks before it make of windows [n, L] of
+    token ids, where the step needs them. Layers in `finished` keep what was found there; the others are added to it.
+    New values are rounded to the dtype that the checkpoint stores.
     """
     fisher = {}
     if step.criterion == "taylor" and windows is not None and not chosen:
-        fisher = squared_gradients(model, windows, arch.axes()[step.axis], emit)
+        fisher = squared_gradients(model, windows, arch.coupled(step.axis), emit)
     emit(Phase(f"removing {step.axis}s" if chosen else f"choosing {step.axis}s by {step.criterion}", arch.layers))
     cutter = _Cutter(model, arch, step, after, dtypes or {}, fisher, seed, {} if finished is None else finished, chosen)
     if step.calibrated and windows is not None:
-        Walk(cutter.taps, cutter.block, known=tuple(cutter.finished)).run(model, arch, windows, emit)
+        known = (*cutter.finished, *without(arch, step.axis))
+        Walk(cutter.taps, cutter.block, known=known).run(model, arch, windows, emit)
         return cutter.found
     for layer, block in enumerate(arch.blocks(model)):
         started = time.perf_counter()
@@ -85,7 +87,8 @@ class _Cutter:
         finished: MutableMapping[int, list[Edit]],
         chosen: Sequence[Keep] = (),
     ) -> None:
-        self.arch, self.step, self.after, self.chosen = arch, step, each_layer(arch, after), chosen
+        self.arch, self.step, self.after = arch, step, each_layer(arch, step.axis, after)
+        self.chosen = {edit.layer: edit for edit in chosen}
         self.axes = [arch.axes(layer)[step.axis] for layer in range(arch.layers)]
         self.dtypes, self.fisher, self.seed, self.finished = dtypes, fisher, seed, finished
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -98,12 +101,13 @@ class _Cutter:
 
     def block(
         self, layer: int, block: nn.Module, statistics: Mapping[str, Any], hidden: Sequence[Tensor]
-    ) -> tuple[nn.Module, float]:
-        """The cut block, and the share of its units that stays."""
+    ) -> tuple[nn.Module, float | None]:
+        """The cut block, and the share of its units that stays; None where it has none."""
+        size = self.axes[layer].size
         if layer not in self.finished:
-            self.finished[layer] = self._choose(layer, block, statistics, hidden)
+            self.finished[layer] = self._choose(layer, block, statistics, hidden) if size else []
         self.found += self.finished[layer]
-        return self._cut(layer, block, self.finished[layer]), self.after[layer] / self.axes[layer].size
+        return self._cut(layer, block, self.finished[layer]), self.after[layer] / size if size else None
 
     def _choose(
         self, layer: int, block: nn.Module, statistics: Mapping[str, Any], hidden: Sequence[Tensor]
@@ -122,11 +126,7 @@ class _Cutter:
         elif self.step.correction == "bias":
             gone = removed(self.axes[layer], cast(Keep, made[0]).keep, "mixer.out_proj.weight")[1]
             bias = compensated(cast(Any, block).mixer.out_proj, gone, statistics["out_proj"].mean)
-            if self.arch.biased:
-                made.append(self._replace(layer, BIAS, bias))
-            else:  # one layer's dtype, for a product takes no other
-                weight = self._replace(layer, "mixer.out_proj.weight", bias)
-                made.append(self._add(layer, BIAS, weight.values))
+            made.append(self._biased(layer, bias))
         return made
 
     def _fewer(self, layer: int, block: nn.Module, statistics: Mapping[str, Any]) -> list[Edit]:
@@ -139,6 +139,12 @@ class _Cutter:
             return [self.chosen[layer]]
         scorer = Scorer(self.arch, axis, layer, block, statistics, self.fisher, self.seed, after)
         return [Keep(axis.name, layer, best(scorer.score(self.step.criterion), after, groups_of(self.arch, axis.name)))]
+
+    def _biased(self, layer: int, values: Tensor) -> Edit:
+        if self.arch.biased:
+            return self._replace(layer, BIAS, values)
+        weight = self._replace(layer, "mixer.out_proj.weight", values)  # its dtype, for a product takes no other
+        return self._add(layer, BIAS, weight.values)
 
     def _add(self, layer: int, name: str, values: Tensor) -> Add:
         return Add(self.arch.prefix(layer) + name, values.cpu())
@@ -161,12 +167,18 @@ class _Cutter:
         return left.eval()
 
 
+def without(arch: Arch, axis: str) -> list[int]:
+    """The layers that have no units of an axis."""
+    return [layer for layer, sizes in enumerate(arch.sizes) if not sizes[axis]]
+
+
 @torch.enable_grad()
-def squared_gradients(model: PreTrainedModel, windows: Tensor, axis: Axis, emit: Emit = ignore) -> dict[str, Tensor]:
-    """The mean over windows of the squared gradient of the loss, of every tensor the axis cuts (Fisher diagonal)."""
+def squared_gradients(
+    model: PreTrainedModel, windows: Tensor, tensors: Set[str], emit: Emit = ignore
+) -> dict[str, Tensor]:
+    """The mean over windows of the squared gradient of the loss (Fisher diagonal), of tensors named as in a block."""
     emit(Phase("squared gradients", len(windows)))
-    tensors = {part.tensor for part in axis.slices}
-    wanted = {name: p for name, p in model.named_parameters() if name.split(".", 3)[-1] in tensors}
+    wanted = {name: p for name, p in model.named_parameters() if {name, name.split(".", 3)[-1]} & tensors}
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in wanted.items()}
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -217,12 +229,14 @@ class Scorer:
         return found / found.sum().clamp_min(torch.finfo(found.dtype).tiny)
 
     def _magnitude(self) -> Tensor:
-        names = {f"mixer.{module}.weight" for module in self.arch.prunable}
+        names = {f"mixer.{module}.weight" for module in self.arch.prunable} & self.axis.tensors
         return self._owned({name: scores.magnitude(self._tensor(name)).square() for name in names})
 
     def _taylor(self) -> Tensor:
-        prefix, names = self.arch.prefix(self.layer), {part.tensor for part in self.axis.slices}
-        return self._owned({name: scores.taylor(self._tensor(name), self.fisher[prefix + name]) for name in names})
+        prefix = self.arch.prefix(self.layer)
+        return self._owned(
+            {name: scores.taylor(self._tensor(name), self.fisher[prefix + name]) for name in self.axis.tensors}
+        )
 
     def _random(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.layer)

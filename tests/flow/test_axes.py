@@ -30,6 +30,9 @@ CUTS = [
     ("mamba2", "layer", 0.5),
     ("mamba2-grouped", "head", 0.5),
     ("mamba2-grouped", "head_channel", 0.5),
+    ("mamba", "width", 0.75),
+    ("falcon_mamba", "width", 0.5),
+    ("mamba2", "width", 0.5),
 ]
 WORDS = torch.arange(1, 33)[None] * 7
 
@@ -60,7 +63,7 @@ def test_what_is_written_is_the_dense_model_with_those_units_silent(models, smal
     assert f"| {axis}s |" in card and f"{planned.after.params:,}" in card
 
 
-@pytest.mark.parametrize(("name", "axis", "keep"), CUTS[:8])
+@pytest.mark.parametrize(("name", "axis", "keep"), CUTS[:8] + CUTS[-3:])
 def test_the_edits_give_the_same_bytes_again(models, small, tmp_path, name, axis, keep):
     ssmcompress.prune(models[name], out=tmp_path / "first", axis=axis, keep=keep, **small)
     again = ssmcompress.apply(tmp_path / "first" / "edits.safetensors", models[name], out=tmp_path / "again")
@@ -78,7 +81,10 @@ def test_units_may_be_chosen_in_the_narrow_dtype_that_is_stored(models, small, t
     assert check.transformers <= check.tolerance and check.ssmcompress <= check.tolerance
 
 
-@pytest.mark.parametrize(("name", "axis", "correct"), [("mamba", "channel", "refit"), ("mamba2", "head", "rescale")])
+@pytest.mark.parametrize(
+    ("name", "axis", "correct"),
+    [("mamba", "channel", "refit"), ("mamba2", "head", "rescale"), ("mamba", "width", "rescale")],
+)
 def test_corrections_replay_too(models, small, tmp_path, name, axis, correct):
     out = tmp_path / "first"
     ssmcompress.prune(models[name], out=out, axis=axis, keep=0.5, correct=correct, **small)
@@ -149,7 +155,11 @@ def test_a_run_that_was_stopped_goes_on(run, models, text, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("mamba", "--axis", "head", "--keep", 0.5), 3, ("no axis 'head'", "channel, state, dt_rank, layer")),
+        (
+            ("mamba", "--axis", "head", "--keep", 0.5),
+            3,
+            ("no axis 'head'", "channel, state, dt_rank, width, ssm, layer"),
+        ),
         (("mamba2", "--axis", "state", "--keep", 0.75), 3, ("12 of 16 states", "8 (--keep 0.5)")),
         (("mamba", "--axis", "state", "--keep", 7), 3, ("there are 6",)),
         (("mamba", "--axis", "state", "--keep", 0), 3, ("at least one must",)),
@@ -161,8 +171,14 @@ def test_a_run_that_was_stopped_goes_on(run, models, text, tmp_path, monkeypatch
         (("mamba", "--axis", "state", "--keep", 0.5, "--method", "shedder"), 2, ("has no method 'shedder'", "joint")),
         (("mamba", "--axis", "state", "--target", "size=1"), 2, ("params=, state= or memory=",)),
         (("mamba", "--axis", "state", "--keep", "nan"), 2, ("keep",)),
-        (("mamba", "--axis", "state", "--keep", 0.5, "--correct", "rescale"), 2, ("the axis state has none",)),
-        (("mamba", "--axis", "layer", "--keep", 0.5, "--correct", "refit"), 2, ("the axis layer leaves none",)),
+        (
+            ("mamba", "--axis", "state", "--keep", 0.5, "--correct", "rescale"),
+            2,
+            ("those of the axis state have none",),
+        ),
+        (("mamba", "--axis", "layer", "--keep", 0.5, "--correct", "refit"), 2, ("the axis layer has no form",)),
+        (("mamba", "--axis", "width", "--keep", 20), 3, ("read dimensions by 8", "24 (--keep 0.75)")),
+        (("falcon_mamba", "--axis", "ssm", "--keep", 0.5), 3, ("a scan in every block", "2 (--keep 1)")),
         (("mamba", "--axis", "sate", "--keep", 0.5), 2, ("Did you mean 'state'?",)),
         (("mamba", "--axis", "state", "--keep", 0.5, "--scope", "row"), 2, ("--scope", "'layer' or 'model'")),
         (("mamba", "--scope", "model"), 2, ("--scope", "row or tensor")),

@@ -9,12 +9,14 @@ from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Mask
 from ssmcompress.errors import InputError, ResourceError, UnsupportedError
 from ssmcompress.events import Note, Table
-from ssmcompress.plan import expected_kept, records_of
+from ssmcompress.plan import expected_kept, forecast, records_of
 from ssmcompress.prune.apply import BLOCK
 from ssmcompress.prune.masks import n_of_m, unstructured
 from ssmcompress.prune.targets import Target
-from tests.unit.arch.models import CONFIGS
+from ssmcompress.steps import Cut
+from tests.unit.arch.models import ALL, CONFIGS
 from tests.unit.checkpoint import folders
+from tests.unit.prune.test_sizes import weights
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +133,26 @@ def test_records_cover_every_tensor_once():
     records = records_of(Surgery(arch, ()), shapes, {mask.tensor: 0.25})
     assert [record.name for record in records] == list(shapes)
     assert [(record.name, record.kept) for record in records if record.status == "pruned"] == [(mask.tensor, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "apart", "exact"),
+    [
+        ("mamba", [{"axis": "ssm", "keep": 0.5}], set(), True),
+        ("mamba", [{"axis": "ssm", "keep": 0.5}, {"axis": "state", "keep": 2}], set(), True),
+        ("mamba", [{"axis": "state", "keep": 4, "scope": "model"}], {"state"}, True),
+        ("mamba", [{"axis": "state", "keep": 4, "scope": "model"}, {"axis": "ssm", "keep": 0.5}], {"state"}, False),
+        ("mamba", [{"axis": "ssm", "keep": 0.5}, {"axis": "layer", "keep": 0.5}], {"ssm"}, False),
+        (
+            "mamba",
+            [{"axis": "ssm", "keep": 0.5}, {"axis": "layer", "keep": 0.5}, {"axis": "state", "keep": 2}],
+            {"ssm"},
+            False,
+        ),
+        ("gated-mamba", [{"axis": "width", "keep": 24}], set(), True),
+        ("pruned-mamba", [{"axis": "layer", "keep": 0.5}], {"channel", "state", "dt_rank"}, False),
+    ],
+)
+def test_a_forecast_knows_whether_it_depends_on_what_is_chosen(name, steps, apart, exact):
+    found = forecast(arch_for(ALL[name]), [Cut(**step) for step in steps], weights(name))
+    assert found.exact == exact and found.apart == apart

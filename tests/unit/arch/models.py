@@ -81,6 +81,31 @@ PRUNED = {  # of which no stock config says the sizes
             {"head": 2, "head_channel": 8, "state": 5},
         ],
     ),
+    "gated-mamba2-rotated": PrunedMamba2Config(
+        **SHARED | {"hidden_size": 24},
+        num_heads=4,
+        head_dim=16,
+        n_groups=2,
+        state_size=8,
+        block_sizes=[
+            {"head": 4, "head_channel": 11, "state": 0},
+            {"head": 2, "head_channel": 16, "state": 3, "rotated_from": 8},
+        ],
+        out_proj_bias=True,
+    ),
+    "gated-mamba": PrunedMambaConfig(  # the first block has no scan
+        **SHARED, use_bias=True, state_size=5, block_sizes=blocks((24, 0, 0), (24, 5, 2), names=CHANNELS)
+    ),
+    "gated-mamba2": PrunedMamba2Config(  # nor here; and the heads fill no whole hidden size
+        **SHARED | {"hidden_size": 24},
+        num_heads=4,
+        head_dim=16,
+        n_groups=2,
+        state_size=8,
+        use_conv_bias=False,
+        block_sizes=blocks((4, 11, 0), (2, 16, 3), names=HEADS),
+        out_proj_bias=True,
+    ),
 }
 ALL = CONFIGS | PRUNED
 

@@ -167,3 +167,20 @@ def test_no_config_has_heads_that_do_not_fill_the_groups():
     arch = arch_for(CONFIGS["mamba2-grouped"])
     with pytest.raises(UnsupportedError, match="head as 3; expected a multiple of 2 groups"):
         arch.resized([arch.sizes[0] | {"head": 3}] * 2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_narrower_config_keeps_all_other_sizes(name, tmp_path):
+    """Those that a config derives from the hidden size too: the rank of dt, the inner width."""
+    arch = arch_for(CONFIGS[name])
+    config = arch.narrowed(16).resized(arch.sizes)
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=True))
+    again = type(config).from_pretrained(tmp_path)
+    for left in map(arch_for, (config, again)):
+        assert left.width == 16 and left.sizes == arch.sizes and left.stock
+        assert left.config.time_step_rank == arch.config.time_step_rank
+    assert arch.width == 32
+    if "head" in arch.axes():
+        with pytest.raises(UnsupportedError, match="no multiple of the hidden size 24"):
+            arch.narrowed(24).resized(arch.sizes, stock=True)
+        assert arch_for(arch.narrowed(24).resized(arch.sizes)).width == 24

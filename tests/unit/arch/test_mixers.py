@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ssmcompress import kernels
-from ssmcompress.arch.base import mixers, use_backend
+from ssmcompress.arch.base import DECAYS, mixers, use_backend
 from tests.unit.arch import models
 
 ALL = list(models.ALL)
@@ -98,8 +98,9 @@ def test_initial_state_equals_going_on_from_there(name):
     expected = model(ids[:, 8:], cache_params=cache, use_cache=True).logits
     fresh = model(ids[:, :8], use_cache=True).cache_params
     for layer, mixer in enumerate(mixers(model)):
-        mixer.initial_state = fresh.layers[layer].recurrent_states[0][0].clone()
-        fresh.layers[layer].recurrent_states[0].zero_()
+        if (state := fresh.layers[layer].recurrent_states[0]) is not None:
+            mixer.initial_state = state[0].clone()
+            state.zero_()
     # only the state is given, so the convolution must see the same inputs: keep those of the cache
     for mixer in mixers(model):
         mixer.recall = _with_convolution(fresh, mixer)
@@ -108,7 +109,8 @@ def test_initial_state_equals_going_on_from_there(name):
 
 def _with_convolution(cache, mixer):
     def recall(_cache, batch):
-        return cache.layers[mixer.layer_idx].conv_states[0][..., 1:], mixer.initial_state[None]
+        state = mixer.initial_state
+        return cache.layers[mixer.layer_idx].conv_states[0][..., 1:], None if state is None else state[None]
 
     return recall
 
@@ -117,11 +119,12 @@ def _keep_input(seen, name, module, inputs):
     seen[name] = inputs[0]
 
 
+@pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("name", ALL)
-def test_taps_show_the_input_of_every_prunable_module(name):
+def test_taps_show_the_input_of_every_prunable_module(name, layer):
     model, ids = models.ours(name), models.tokens(2, 9)
     arch = models.arch_for(model.config)
-    mixer = arch.blocks(model)[1].mixer
+    mixer = arch.blocks(model)[layer].mixer
     seen = {}
     mixer.taps = seen.setdefault
     hooked = {}
@@ -129,10 +132,11 @@ def test_taps_show_the_input_of_every_prunable_module(name):
         watch = partial(_keep_input, hooked, module)
         getattr(mixer, module).register_forward_pre_hook(watch)
     logits(model, ids)
-    assert set(seen) - {"norm"} == {*arch.prunable, "scan"}
+    assert set(seen) - {"norm"} == {"scan" if name == DECAYS else name for name in arch.modules(layer)}
+    assert ("norm" in seen) == hasattr(mixer, "norm")
     for module, tensor in hooked.items():
         assert torch.equal(seen[module], tensor)
-    for module in arch.prunable:
+    for module in {*arch.modules(layer)} - {DECAYS}:
         weight = getattr(mixer, module).weight
         assert seen[module].shape == (2, 9, weight.shape[0] if module == "conv1d" else weight.shape[1])
 

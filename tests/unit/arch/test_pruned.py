@@ -23,7 +23,7 @@ DAMAGED = [
     ({"at": (1, 7)}, r"block_sizes\[1\] holds 7; expected "),
     ({"at": (0, {})}, r"block_sizes\[0\] holds nothing; expected "),
     ({"at": (1, {"width": 4})}, r"block_sizes\[1\] holds width; expected "),
-    ({"state": 0}, r"block_sizes\[1\] gives state as 0; expected a whole number of at least 1"),
+    ({"first": 0}, r"block_sizes\[1\] gives (channel|head) as 0; expected a whole number of at least 1\."),
     ({"state": -3}, "gives state as -3"),
     ({"state": 2.0}, r"gives state as 2\.0"),
     ({"state": "4"}, "gives state as '4'"),
@@ -39,6 +39,8 @@ def damage(said, change):
     for key, value in change.items():
         if key == "at":
             said["block_sizes"][value[0]] = value[1]
+        elif key == "first":
+            said["block_sizes"][1][next(iter(said["block_sizes"][1]))] = value
         elif key in ("state", "states"):
             said["block_sizes"][1][key] = value
         else:
@@ -65,6 +67,14 @@ def test_block_sizes_that_do_not_fit_are_refused(name, change, message):
         type(PRUNED[name])(**damage(PRUNED[name].to_dict(), change))
 
 
+@pytest.mark.parametrize("change", [{"state": 0}, {"state": 0, "dt_rank": 0.0}, {"state": False, "dt_rank": 0}])
+def test_a_scan_is_there_or_is_not(change):
+    said = PRUNED["pruned-mamba"].to_dict()
+    said["block_sizes"][1] |= change
+    with pytest.raises(ValueError, match=r"block_sizes\[1\] gives .*at least 1, or state and dt_rank 0 for no scan"):
+        modeling.PrunedMambaConfig(**said)
+
+
 def test_heads_fill_the_groups():
     said = PRUNED["pruned-mamba2-grouped"].to_dict()
     said["block_sizes"][0]["head"] = 3
@@ -85,9 +95,10 @@ def test_every_block_has_the_sizes_of_its_own(name):
         assert {axis: axes[axis].size for axis in axes} == sizes
         inner = sizes.get("channel") or sizes["head"] * sizes["head_channel"]
         assert mixer.intermediate_size == mixer.out_proj.in_features == inner
-        assert mixer.ssm_state_size == (arch.rotated[layer] or sizes["state"])
+        assert getattr(mixer, "ssm_state_size", 0) == (arch.rotated[layer] or sizes["state"])
+        assert {f"mixer.{key}" for key in mixer.state_dict()}.isdisjoint(arch.scan_only) == (not sizes["state"])
         wanted = PRUNED[name].out_proj_bias or PRUNED[name].use_bias
-        assert (mixer.out_proj.bias is not None) == wanted and mixer.use_bias == wanted
+        assert (mixer.out_proj.bias is not None) == wanted and getattr(mixer, "use_bias", wanted) == wanted
         assert (mixer.in_proj.bias is not None) == PRUNED[name].use_bias
 
 
@@ -95,9 +106,9 @@ def test_every_block_has_the_sizes_of_its_own(name):
 def test_state_bytes_are_those_of_a_cache(name):
     cache = models.ours(name)(torch.ones(1, 9, dtype=torch.long), use_cache=True).cache_params
     kernel = PRUNED[name].conv_kernel
-    held = sum(
-        each.recurrent_states[0].numel() + each.conv_states[0].numel() // kernel * (kernel - 1) for each in cache.layers
-    )
+    states = (each.recurrent_states[0] for each in cache.layers)
+    held = sum(state.numel() for state in states if state is not None)
+    held += sum(each.conv_states[0].numel() // kernel * (kernel - 1) for each in cache.layers)
     assert arch_for(PRUNED[name]).state_bytes() == 4 * held
 
 

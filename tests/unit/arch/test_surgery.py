@@ -1,6 +1,7 @@
 """Removing units: what is left computes what the dense model with those units silent does."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,25 +10,30 @@ from ssmcompress import edits
 from ssmcompress.arch.base import BIAS
 from ssmcompress.arch.masked import mask
 from ssmcompress.arch.registry import arch_for
-from ssmcompress.arch.surgery import LAYER, Surgery
+from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Add, Keep, Mask, Replace
 from ssmcompress.errors import InputError, UnsupportedError
+from ssmcompress.steps import LAYER, SSM, WIDTH
 from tests.unit.arch import models
 from tests.unit.arch.models import ALL
 
-AXES = [(name, axis) for name, config in ALL.items() for axis in (*arch_for(config).axes(), LAYER)]
+AXES = [(name, axis) for name, config in ALL.items() for axis in (*arch_for(config).axes(), WIDTH, SSM, LAYER)]
+AXES.remove(("falcon_mamba", SSM))  # no config says it
 
 
 def chosen(arch, axis, seed=0):
     """Half of the units of every layer, at random, as many in every group of heads."""
-    if axis == LAYER:
-        return [Keep(LAYER, None, torch.arange(arch.layers) != seed % arch.layers)]
-    size = arch.axes()[axis].size
+    if axis in (LAYER, SSM):
+        return [Keep(axis, None, torch.arange(arch.layers) != (seed + (axis == SSM)) % arch.layers)]
+    if axis == WIDTH:
+        ranks = torch.rand(arch.width, generator=torch.Generator().manual_seed(seed)).argsort().argsort()
+        return [Keep(WIDTH, None, ranks < arch.width - 8)]
     parts = arch.config.n_groups if axis == "head" else 1
     generator = torch.Generator().manual_seed(seed)
     keeps = []
     for layer in range(arch.layers):
-        size = arch.sizes[layer][axis]
+        if not (size := arch.sizes[layer][axis]):
+            continue
         ranks = torch.rand(parts, size // parts, generator=generator).argsort(1).argsort(1)
         keeps.append(Keep(axis, layer, (ranks < -(-size // parts // 2)).flatten()))
     return keeps
@@ -95,8 +101,15 @@ def test_the_counts_are_those_of_the_closed_forms(name, axis):
         first = arch_for(arch.resized(arch.sizes[:1], rotated=arch.rotated[:1]))
         assert smaller.state_bytes() == arch.state_bytes() - first.state_bytes()
         return
-    gone = 0
-    for keep in keeps:
+    gone = scan_parameters(arch) if axis == SSM else 0
+    if axis == WIDTH:
+        shapes = {key: p.shape for key, p in model.named_parameters()}
+        residual = [part for part in arch.residual().slices if "backbone" in part.tensor or part.tensor in shapes]
+        gone = 8 * replace(arch.residual(), slices=residual).parameters(shapes)
+        for block in arch.blocks(model):
+            gone += 8 * (1 + len(block.mixer.in_proj.weight) + block.mixer.out_proj.weight.shape[1])
+            gone += 8 * (block.mixer.out_proj.bias is not None)
+    for keep in keeps if axis not in (SSM, WIDTH) else ():
         shapes = {key: p.shape for key, p in arch.blocks(model)[keep.layer].named_parameters()}
         gone += int((~keep.keep).sum()) * arch.axes(keep.layer)[axis].parameters(shapes)
     assert before - after == gone
@@ -106,15 +119,37 @@ def test_the_counts_are_those_of_the_closed_forms(name, axis):
     }
 
 
+def scan_parameters(arch):
+    """What only the scan of the second block needs: x_proj, dt_proj, A; or of B, C, dt rows, bases, dt_bias, A."""
+    config, sizes, before = arch.config, arch.sizes[1], arch.rotated[1]
+    if "head" in sizes:
+        shared, heads = 2 * config.n_groups * (before or sizes["state"]), sizes["head"]
+        rows = (shared + heads) * (config.hidden_size + config.use_bias)
+        bases = 2 * config.n_groups * sizes["state"] * (before or 0)
+        return rows + shared * (config.conv_kernel + config.use_conv_bias) + bases + 2 * heads
+    width, size, rank = sizes["channel"], sizes["state"], sizes["dt_rank"]
+    return width * (rank + 2 * size) + width * (rank + 1) + width * size
+
+
+@pytest.mark.parametrize("name", [name for name, axis in AXES if axis == SSM])
+def test_without_a_scan_only_the_inputs_of_the_convolution_are_kept(name):
+    arch = arch_for(ALL[name])
+    left = Surgery(arch, [Keep(SSM, None, torch.zeros(arch.layers, dtype=torch.bool))]).arch
+    widths = (sizes.get("channel") or sizes["head"] * sizes["head_channel"] for sizes in arch.sizes)
+    assert left.state_bytes() == 4 * (arch.config.conv_kernel - 1) * sum(widths)
+    assert not left.stock and not any(map(left.has_scan, range(left.layers)))
+
+
 @pytest.mark.parametrize("name", ["mamba-biased", "mamba2-limited"])
-def test_a_later_step_speaks_of_the_source(name):
-    """Two cuts and a mask, one after the other, are the same as what their lifted edits do at once."""
+@pytest.mark.parametrize("scans", [[], [Keep(SSM, None, torch.tensor([False, True]))]])
+def test_a_later_step_speaks_of_the_source(name, scans):
+    """Cuts and a mask, one after the other, are the same as what their lifted edits do at once."""
     model = models.ours(name)
     arch = arch_for(model.config)
-    first = [*chosen(arch, "state"), *chosen(arch, LAYER, seed=1)]
+    first = [*chosen(arch, WIDTH), *chosen(arch, "state"), *chosen(arch, LAYER, seed=1), *scans]
     one = Surgery(arch, first)
     middle = one.operate(model)
-    second = chosen(one.arch, "state", seed=5)
+    second = [*chosen(one.arch, "state", seed=5), Keep(WIDTH, None, torch.arange(24) % 3 > 0)]
     two = Surgery(one.arch, second)
     small = two.operate(middle)
     generator = torch.Generator().manual_seed(2)
@@ -124,13 +159,13 @@ def test_a_later_step_speaks_of_the_source(name):
         if "mixer" in key
     ]
     edits.apply(marks, dict(small.named_parameters()))
-    news = [Replace("backbone.norm_f.weight", torch.full((32,), 2.0))]
+    news = [Replace("backbone.norm_f.weight", torch.full((16,), 2.0))]
     edits.apply(news, dict(small.named_parameters()))
 
     shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
     lifted = edits.compose(first, [one.lift(edit, shapes) for edit in second])
     whole = Surgery(arch, lifted)
-    assert whole.arch.sizes == two.arch.sizes
+    assert whole.arch.sizes == two.arch.sizes and whole.arch.width == two.arch.width == 16
     lifted = edits.compose(lifted, [whole.lift(edit, shapes) for edit in marks + news])
     edits.apply(lifted, dict(model.named_parameters()))
     again = Surgery(arch, lifted).operate(model)
@@ -139,7 +174,7 @@ def test_a_later_step_speaks_of_the_source(name):
 
 
 def test_new_tensors_speak_of_the_source_too():
-    """States cut, what is left rotated, a bias added, heads and a layer cut: the lifted edits do it at once."""
+    """States cut, what is left rotated, a bias added, heads, a layer, dimensions cut: lifted, it is done at once."""
     model = models.ours("mamba2")
     arch = arch_for(model.config)
     states = chosen(arch, "state")
@@ -149,9 +184,9 @@ def test_new_tensors_speak_of_the_source_too():
     two = Surgery(one.arch, news)
     middle = two.operate(middle)
     assert two.arch.rotated == (8, 8) and two.arch.sizes[0]["state"] == 3 and two.arch.out_proj_bias
-    last = [*chosen(two.arch, "head"), *chosen(two.arch, LAYER)]
+    last = [*chosen(two.arch, "head"), *chosen(two.arch, LAYER), *chosen(two.arch, WIDTH)]
     small = Surgery(two.arch, last).operate(middle)
-    changed = [Replace(arch.prefix(0) + BIAS, torch.full((32,), 0.5))]
+    changed = [Replace(arch.prefix(0) + BIAS, torch.full((24,), 0.5))]
     edits.apply(changed, dict(small.named_parameters()))
 
     shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
@@ -167,6 +202,29 @@ def test_new_tensors_speak_of_the_source_too():
         assert key == other and torch.equal(found, wanted), key
 
 
+def test_a_bias_may_be_added_to_dimensions_that_are_left():
+    model = models.ours("mamba")
+    arch, shapes = arch_for(model.config), {key: parameter.shape for key, parameter in model.named_parameters()}
+    one = Surgery(arch, chosen(arch, WIDTH))
+    news = [Add(one.arch.prefix(layer) + BIAS, torch.randn(24)) for layer in range(2)]
+    small = Surgery(one.arch, news).operate(one.operate(model))
+    lifted = [one.lift(edit, shapes) for edit in news]
+    assert all(edit.shape == (32,) and not edit.values[~one.keeps[0].keep].any() for edit in lifted)
+    again = Surgery(arch, edits.compose(one.keeps, lifted)).operate(model)
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in small.state_dict().items())
+
+
+def test_bases_go_with_their_scan():
+    model = models.ours("mamba2-grouped")
+    arch = arch_for(model.config)
+    both = Surgery(arch, edits.compose(rotations(arch), chosen(arch, SSM)))
+    plain = Surgery(arch, edits.compose(rotations(arch)[:2], chosen(arch, SSM)))
+    assert both.arch.rotated == (arch.sizes[0]["state"], None) and both.arch.sizes[1]["state"] == 0
+    small, same = both.operate(model).state_dict(), plain.operate(model).state_dict()
+    assert small.keys() == same.keys() and all(torch.equal(small[key], same[key]) for key in small)
+    assert {key for key in small if "rotation" in key} == {edit.tensor for edit in rotations(arch)[:2]}
+
+
 def test_tensors_without_a_place_are_refused():
     for name, wrong in {
         "mamba": [Add("backbone.layers.0.mixer.rotation.B", torch.zeros(1, 2, 5))],
@@ -174,6 +232,7 @@ def test_tensors_without_a_place_are_refused():
         "mamba2": [Add(f"backbone.layers.0.{BIAS}", torch.zeros(31))],
         "mamba2-grouped": [Add(f"backbone.layers.7.{BIAS}", torch.zeros(32))],
         "pruned-mamba2-rotated": [Add("backbone.layers.0.mixer.rotation.B", torch.zeros(2, 2, 8))],
+        "gated-mamba2": [Add("backbone.layers.0.mixer.rotation.B", torch.zeros(2, 2, 8))],
         "falcon_mamba": [Add(f"backbone.layers.0.{BIAS}", torch.zeros(32))],
         "pruned-mamba": [Add("backbone.norm_f.bias", torch.zeros(32))],
     }.items():
@@ -183,6 +242,17 @@ def test_tensors_without_a_place_are_refused():
     for few in (rotations(arch)[:1], rotations(arch)[:2], [*rotations(arch)[:3], rotations(arch, fewer=2)[3]]):
         with pytest.raises(InputError, match="different tensors to different layers"):
             Surgery(arch, few).operate(models.ours("mamba2"))
+
+
+@pytest.mark.parametrize(("name", "axis"), [("mamba", "channel"), ("mamba2-grouped", "head")])
+def test_scans_and_units_go_together(name, axis):
+    model = models.ours(name)
+    arch, ids = arch_for(model.config), models.tokens(2, 21)
+    keeps = [*chosen(arch, "state"), *chosen(arch, SSM), *chosen(arch, axis)]
+    small, twin = Surgery(arch, keeps).operate(model), masked(name, keeps)
+    assert [sizes["state"] > 0 for sizes in arch_for(small.config).sizes] == [True, False]
+    with torch.no_grad():
+        close(small(ids).logits, twin(ids).logits)
 
 
 def test_what_does_not_fit_is_refused():
@@ -195,6 +265,9 @@ def test_what_does_not_fit_is_refused():
         Keep("state", 7, keep),
         Keep("state", None, keep),
         Keep("layer", 0, keep),
+        Keep("ssm", 0, keep),
+        Keep("width", None, keep),
+        Keep("ssm", None, keep),
     ):
         with pytest.raises(InputError, match="the model has"):
             Surgery(arch, [wrong])

@@ -32,7 +32,7 @@ def found(model, step, **kwargs):
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2-grouped"])
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2-grouped", "gated-mamba", "gated-mamba2"])
 def test_the_edits_make_of_the_dense_model_what_the_model_now_is(name, step):
     model = models.ours(name)
     dense = copy.deepcopy(model)

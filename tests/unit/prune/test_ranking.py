@@ -14,8 +14,9 @@ from ssmcompress.prune import ranking
 from ssmcompress.prune.correct import refitted
 from ssmcompress.prune.cut import cut
 from ssmcompress.prune.ranking import rank
+from ssmcompress.prune.sizes import Weights
 from ssmcompress.prune.units import Scorer, squared_gradients
-from ssmcompress.steps import Cut
+from ssmcompress.steps import METHODS, Cut
 from tests.unit.arch import models
 from tests.unit.arch.models import ALL
 from tests.unit.prune.test_sizes import weights
@@ -131,6 +132,20 @@ def test_layers_that_differ_are_cut_by_what_their_own_units_own():
     assert [int(edit.keep.sum()) for edit in found] == [3, 1]
     assert Surgery(arch, found).operate(model)(IDS).logits.isfinite().all()
     axis = arch.axes(1)["head"]
-    fisher = squared_gradients(model, IDS, axis)
+    fisher = squared_gradients(model, IDS, axis.tensors)
     wanted = Scorer(arch, axis, 1, arch.blocks(model)[1], fisher=fisher).score("taylor")
     assert torch.equal(rank(model, arch, Cut(axis="head", keep=0.5, scope="model"), (3, 1), IDS)[1], wanted)
+
+
+@pytest.mark.parametrize("method", METHODS["state"])
+def test_blocks_without_a_scan_take_no_part(method):
+    arch = arch_for(ALL["gated-mamba2"])
+    arch = arch_for(arch.resized([*arch.sizes, arch.sizes[1]]))
+    torch.manual_seed(0)
+    model, known = arch.build("cpu").eval(), {key: tensor.shape for key, tensor in arch.build().named_parameters()}
+    step = Cut(axis="state", keep=4, scope="model", method=method, any_size=True)
+    found = cut(model, arch, step, Weights(known, dict.fromkeys(known, 4)), IDS)
+    small = Surgery(arch, found).arch
+    sizes = [layer["state"] for layer in small.sizes]
+    assert sizes[0] == 0 < min(sizes[1:]) and sum(sizes) == 4
+    assert not any(edit.tensor.startswith((arch.prefix(0), "state:0")) for edit in found)

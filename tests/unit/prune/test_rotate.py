@@ -8,14 +8,15 @@ from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.calib.states import Gramians
 from ssmcompress.calib.taps import observe
-from ssmcompress.edits import Add
+from ssmcompress.edits import Add, Keep, compose
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.prune.allocation import allocate
 from ssmcompress.prune.cut import cut
 from ssmcompress.prune.rotate import bases, worths
 from ssmcompress.prune.shares import sized
+from ssmcompress.prune.sizes import outline
 from ssmcompress.prune.units import find_units
-from ssmcompress.steps import Cut
+from ssmcompress.steps import SSM, Cut
 from tests.unit.arch import models
 from tests.unit.arch.models import ALL, CONFIGS
 from tests.unit.prune.test_sizes import weights
@@ -98,6 +99,22 @@ def test_fewer_states_lose_less_than_coordinates_do(name):
         assert small.arch.sizes[0]["state"] == 4 and small.arch.stock == (method != "rotate")
         errors[method] = float((small.operate(model)(ids).logits - dense).norm())
     assert errors["rotate"] < min(errors["ghost"], errors["joint"])
+
+
+@torch.no_grad()
+def test_a_block_without_a_scan_is_not_rotated():
+    model, ids = models.ours("mamba2"), models.tokens(3, 20)
+    arch = arch_for(CONFIGS["mamba2"])
+    one = Surgery(arch, [Keep(SSM, None, torch.tensor([False, True]))])
+    step = Cut(axis="state", method="rotate", keep=4)
+    found = find_units(one.operate(model), one.arch, step, 4, ids)
+    two = Surgery(one.arch, found)
+    assert two.arch.rotated == (None, 16) and [each["state"] for each in two.arch.sizes] == [0, 4]
+    assert Surgery(one.arch, outline(one.arch, step, 4)).arch.config.block_sizes == two.arch.config.block_sizes
+    shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
+    both = Surgery(arch, compose(one.keeps, [one.lift(edit, shapes) for edit in found]))
+    steps, once = two.operate(one.operate(model)).state_dict(), both.operate(model).state_dict()
+    assert steps.keys() == once.keys() and all(torch.equal(steps[key], once[key]) for key in steps)
 
 
 @torch.no_grad()

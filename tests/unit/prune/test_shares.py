@@ -7,7 +7,7 @@ from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.prune.shares import shared_out, sized
-from ssmcompress.prune.sizes import figures, outline, possible
+from ssmcompress.prune.sizes import Weights, figures, outline, possible
 from ssmcompress.steps import Cut
 from tests.unit.arch.models import ALL, CONFIGS
 from tests.unit.prune.test_sizes import weights
@@ -28,6 +28,7 @@ def found(name, **step):
         ("pruned-mamba", {"axis": "state", "keep": 0.5}, 8, 4),
         ("pruned-mamba2-grouped", {"axis": "head", "keep": 4}, 6, 4),
         ("mamba", {"axis": "state", "keep": 2}, 10, 2),
+        ("gated-mamba", {"axis": "channel", "keep": 0.5}, 48, 24),
         ("mamba", {"axis": "state", "keep": 1}, 10, 10),
     ],
 )
@@ -92,6 +93,29 @@ def test_layers_that_differ_keep_the_same_share_each():
     arch = arch_for(ALL["pruned-mamba2"])
     even = arch_for(arch.resized([sizes | {"state": 8} for sizes in arch.sizes]))
     assert not even.stock and sized(even, Cut(axis="state", keep=0.5), weights("pruned-mamba2")).layers == ()
+
+
+def test_zeros_of_blocks_without_a_scan_are_no_sizes():
+    """Of 5, none and 3 states."""
+    arch = arch_for(ALL["pruned-mamba"])
+    first, last = arch.sizes
+    arch = arch_for(arch.resized([first, first | {"state": 0, "dt_rank": 0}, last]))
+    shapes = {name: tensor.shape for name, tensor in arch.build().named_parameters()}
+    known = Weights(shapes, dict.fromkeys(shapes, 2))
+
+    def of(**step):
+        return sized(arch, Cut(axis="state", **step), known)
+
+    assert (of(keep=0.5).before, of(keep=0.5).layers) == (8, (1, 0, 2)) and not of(keep=0.5).open
+    whole = of(keep=0.5, scope="model")
+    assert whole.open and whole.after == 4 == sum(whole.layers) and whole.layers[1] == 0 < min(whole.layers[::2])
+    assert of(target="params=99%", scope="model").layers[1] == 0
+    with pytest.raises(UnsupportedError, match="The layers have 3 to 5 states"):
+        of(keep=2)
+    with pytest.raises(UnsupportedError, match="1 of the 8 states of all layers cannot stay: every layer keeps some"):
+        of(keep=0.125, scope="model")
+    with pytest.raises(UnsupportedError, match="of the axis state: 1 a layer leave"):
+        of(target="params=1%", scope="model")
 
 
 @pytest.mark.parametrize("step", [{"keep": 2}, {"target": "params=90%"}])

@@ -34,6 +34,14 @@ def found(name, **step):
         ("mamba2-grouped", {"axis": "head", "keep": 0.5}, 2),
         ("mamba2-grouped", {"axis": "head_channel", "keep": 0.5}, 8),
         ("pruned-mamba2-grouped", {"axis": "layer", "keep": 0.5}, 1),
+        ("mamba2", {"axis": "ssm", "keep": 0.5}, 1),
+        ("mamba", {"axis": "width", "keep": 0.75}, 24),
+        ("falcon_mamba", {"axis": "width", "keep": 24, "stock_only": True}, 24),
+        ("mamba2", {"axis": "width", "keep": 16, "stock_only": True}, 16),
+        ("mamba2", {"axis": "width", "keep": 24}, 24),
+        ("mamba", {"axis": "width", "keep": 30, "any_size": True}, 30),
+        ("gated-mamba", {"axis": "ssm", "keep": 1}, 1),
+        ("gated-mamba", {"axis": "state", "keep": 3}, 3),
     ],
 )
 def test_a_share_or_a_number(name, step, after):
@@ -50,8 +58,18 @@ def test_a_share_between_sizes_goes_to_the_nearest_and_says_why():
 @pytest.mark.parametrize(
     ("name", "step", "message", "hint"),
     [
-        ("mamba", {"axis": "head", "keep": 0.5}, "mamba has no axis 'head'", "channel, state, dt_rank, layer"),
-        ("mamba2", {"axis": "channel", "keep": 0.5}, "no axis 'channel'", "head, head_channel, state, layer"),
+        (
+            "mamba",
+            {"axis": "head", "keep": 0.5},
+            "mamba has no axis 'head'",
+            "channel, state, dt_rank, width, ssm, layer",
+        ),
+        (
+            "mamba2",
+            {"axis": "channel", "keep": 0.5},
+            "no axis 'channel'",
+            "head, head_channel, state, width, ssm, layer",
+        ),
         ("mamba", {"axis": "state", "keep": 0}, "0 of 5 states cannot stay: at least one must", "1 (--keep 0.2)"),
         ("mamba", {"axis": "state", "keep": 6}, "6 of 5 states cannot stay: there are 5", "5 (--keep 1)"),
         ("mamba2", {"axis": "state", "keep": 0.75}, "12 of 16 states", "8 (--keep 0.5) or 16 (--keep 1). Or say --any"),
@@ -65,6 +83,16 @@ def test_a_share_between_sizes_goes_to_the_nearest_and_says_why():
         ),
         ("mamba", {"axis": "channel", "keep": 20}, "read channels by 8", "16 (--keep 0.25) or 24"),
         ("mamba", {"axis": "channel", "keep": 0.01}, "0.64 of 64 channels", "8 (--keep 0.125)"),
+        ("falcon_mamba", {"axis": "ssm", "keep": 0.5}, "a stock config has a scan in every", "2 (--keep 1)."),
+        ("mamba", {"axis": "ssm", "keep": 0.5, "stock_only": True}, "a scan in every block", "2 (--keep 1)."),
+        ("mamba", {"axis": "width", "keep": 20}, "read dimensions by 8", "16 (--keep 0.5) or 24 (--keep 0.75). Or say"),
+        (
+            "mamba2",
+            {"axis": "width", "keep": 24, "stock_only": True},
+            "a stock config has the channels of heads fill whole hidden sizes",
+            "16 (--keep 0.5) or 32 (--keep 1).",
+        ),
+        ("mamba", {"axis": "layer", "keep": 1.5}, "units are whole", "1 (--keep 0.5) or 2 (--keep 1)."),
         ("mamba", {"axis": "state", "target": "params=10%"}, "out of reach of the axis state", "The least is params="),
     ],
 )
@@ -74,7 +102,18 @@ def test_what_cannot_be_is_refused_with_the_nearest(name, step, message, hint):
     assert message in refused.value.message and hint in refused.value.hint
 
 
-@pytest.mark.parametrize(("name", "axis"), [("mamba", "channel"), ("mamba", "state"), ("mamba2", "state")])
+def test_what_no_block_has_cannot_be_cut():
+    arch = arch_for(ALL["gated-mamba2"])
+    bare = arch_for(arch.resized([sizes | {"state": 0} for sizes in arch.sizes]))
+    for axis in ("state", "ssm"):
+        with pytest.raises(UnsupportedError, match=f"No block has a scan, .*no {axis}s"):
+            size(bare, Cut(axis=axis, keep=0.5), weights("gated-mamba2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [("mamba", "channel"), ("mamba", "state"), ("mamba2", "state"), ("mamba2", "ssm"), ("mamba", "width")],
+)
 @pytest.mark.parametrize("kind", ["params", "state", "memory"])
 def test_a_budget_takes_the_largest_size_within(name, axis, kind):
     arch, known = arch_for(CONFIGS[name]), weights(name)
@@ -82,7 +121,8 @@ def test_a_budget_takes_the_largest_size_within(name, axis, kind):
     def amount(after):
         return figures(Surgery(arch, outline(arch, Cut(axis=axis, keep=1), after)), known).of(kind)
 
-    sizes = possible(arch, Cut(axis=axis, keep=1), arch.axes()[axis].size)
+    before = {"ssm": 2, "width": 32}.get(axis) or arch.axes()[axis].size
+    sizes = possible(arch, Cut(axis=axis, keep=1), before)
     for most in (amount(sizes[-1]), (amount(sizes[0]) + amount(sizes[-1])) // 2, amount(sizes[0])):
         within = found(name, axis=axis, target=f"{kind}={most}").after
         assert amount(within) <= most

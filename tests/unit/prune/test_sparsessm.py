@@ -15,6 +15,7 @@ from ssmcompress.prune.sparsessm import remembering
 from ssmcompress.prune.targets import Target
 from ssmcompress.steps import Prune
 from tests.unit.arch import models
+from tests.unit.arch.models import ALL
 from tests.unit.prune import brute
 
 IDS = models.tokens(3, 6)
@@ -117,3 +118,14 @@ def test_every_window_counts_the_same():
         find_edits(models.ours("mamba"), arch, Prune(method="sparsessm_v2"), ids)[0].keep for ids in (IDS, IDS.flip(0))
     ]
     assert torch.equal(*found) and int(found[0].sum()) == 64 * 5 // 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["sparsessm", "sparsessm_v2", "magnitude"])
+@pytest.mark.parametrize("name", ["gated-mamba", "gated-mamba2", "gated-mamba2-rotated"])
+def test_blocks_without_a_scan_have_nothing_to_forget(name, method):
+    arch, finished = arch_for(ALL[name]), {}
+    step = Prune(method=method, sparsity=0.5, include=("A_log",))
+    found = find_edits(models.ours(name), arch, step, IDS, finished=finished)
+    assert [(type(edit), edit.tensor) for edit in found] == [(Forget, arch.weight(1, "A_log"))]
+    assert finished[0] == [] and int(found[0].keep.sum()) == -(-found[0].keep.numel() // 2)

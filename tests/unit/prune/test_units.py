@@ -9,12 +9,13 @@ from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.calib.stats import Activity, Spread
 from ssmcompress.calib.taps import observe
+from ssmcompress.edits import Keep
 from ssmcompress.prune import scores
 from ssmcompress.prune.sizes import best
 from ssmcompress.prune.units import Scorer, find_units, squared_gradients
 from ssmcompress.steps import METHODS, Cut
 from tests.unit.arch import models
-from tests.unit.arch.models import CONFIGS
+from tests.unit.arch.models import ALL, CONFIGS
 
 EVERY = [
     (name, axis, method)
@@ -22,6 +23,12 @@ EVERY = [
     for axis in arch_for(config).axes()
     for method in METHODS[axis]
     if (name, axis) != ("mamba2-limited", "head") and method != "rotate"  # one head a group: none can go
+]
+GATED = [  # whose first block has no scan
+    (name, axis, method)
+    for name, axis in (("gated-mamba", "channel"), ("gated-mamba", "state"), ("gated-mamba2", "state"))
+    for method in METHODS[axis]
+    if method != "rotate"
 ]
 
 
@@ -43,6 +50,15 @@ def test_every_method_keeps_as_many_of_every_layer(name, axis, method):
     assert all(torch.equal(one.keep, two.keep) for one, two in zip(found, again, strict=True))
     if axis == "head":
         assert all(len(set(keep.keep.view(arch.config.n_groups, -1).sum(1).tolist())) == 1 for keep in found)
+
+
+@pytest.mark.parametrize(("name", "axis", "method"), GATED)
+def test_a_block_without_a_scan_has_no_states_but_channels(name, axis, method):
+    model, arch, ids = models.ours(name), arch_for(ALL[name]), models.tokens(3, 12)
+    correct = "refit" if axis == "channel" else "none"
+    found = find_units(model, arch, Cut(axis=axis, method=method, keep=2, correct=correct), 2, ids)
+    layers = [(each.layer, int(each.keep.sum())) for each in found if isinstance(each, Keep)]
+    assert layers == ([(0, 2), (1, 2)] if axis == "channel" else [(1, 2)])
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
@@ -93,7 +109,7 @@ def test_taylor_weighs_every_entry_a_unit_owns_by_its_mean_squared_gradient():
     ids = models.tokens(3, 12)
     _, model = scorer("mamba-biased", "state")
     arch = arch_for(model.config)
-    fisher = squared_gradients(model, ids, arch.axes()["state"])
+    fisher = squared_gradients(model, ids, arch.coupled("state"))
     names = {"backbone.layers.1.mixer.A_log", "backbone.layers.1.mixer.x_proj.weight"}
     assert {name for name in fisher if ".1." in name} == names
     expected = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
