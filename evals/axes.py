@@ -86,14 +86,16 @@ def cases(model: str) -> Iterator[Cut]:
             for method in METHODS[axis]:
                 if method == "rotate" and (model, axis) != ROTATED:
                     continue
-                for correct in ("none", *(_corrections(axis, method) if keep == 0.5 else ())):
+                more = _corrections(axis, method) if keep == 0.5 or axis == "width" else ()
+                for correct in ("none", *more):
                     yield _case(axis, keep, method, correct)
         methods, correct = ACROSS.get(axis, ((), "none"))
         for method in methods:
             if method != "rotate" or (model, axis) == ROTATED:
                 yield _case(axis, 0.5, method, correct, scope="model")
-    for method in ("ghost", "rotate") if model == "mamba2" else ("ghost",):
+    for method in ("ghost", "rotate") if model == ROTATED[0] else ("ghost",):
         yield _case("state", 0.25, method, "none")
+        yield _case("state", 0.25, method, "none", scope="model")
 
 
 def _corrections(axis: str, method: str) -> Iterator[str]:
