@@ -35,7 +35,7 @@ from ssmcompress.measure.perplexity import DocumentScore, paired_difference, per
 from ssmcompress.prune.cut import cut
 from ssmcompress.prune.shares import sized
 from ssmcompress.prune.sizes import figures, outline, weigh
-from ssmcompress.steps import METHODS, Cut
+from ssmcompress.steps import INNER, METHODS, Cut
 
 KEPT = Path(__file__).parent / "results"
 MODELS = {
@@ -86,7 +86,8 @@ def cases(model: str) -> Iterator[Cut]:
             for method in METHODS[axis]:
                 if method == "rotate" and (model, axis) != ROTATED:
                     continue
-                more = _corrections(axis, method) if keep == 0.5 or axis == "width" else ()
+                usual = axis in INNER and method == METHODS[axis][0]
+                more = _corrections(axis, method) if keep == 0.5 or axis == "width" else ("refit",) * usual
                 for correct in ("none", *more):
                     yield _case(axis, keep, method, correct)
         methods, correct = ACROSS.get(axis, ((), "none"))
