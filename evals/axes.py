@@ -35,7 +35,7 @@ from ssmcompress.measure.perplexity import DocumentScore, paired_difference, per
 from ssmcompress.prune.cut import cut
 from ssmcompress.prune.shares import sized
 from ssmcompress.prune.sizes import figures, outline, weigh
-from ssmcompress.steps import METHODS, Cut
+from ssmcompress.steps import INNER, METHODS, Cut
 
 KEPT = Path(__file__).parent / "results"
 MODELS = {
@@ -86,14 +86,17 @@ def cases(model: str) -> Iterator[Cut]:
             for method in METHODS[axis]:
                 if method == "rotate" and (model, axis) != ROTATED:
                     continue
-                for correct in ("none", *(_corrections(axis, method) if keep == 0.5 else ())):
+                usual = axis in INNER and method == METHODS[axis][0]
+                more = _corrections(axis, method) if keep == 0.5 or axis == "width" else ("refit",) * usual
+                for correct in ("none", *more):
                     yield _case(axis, keep, method, correct)
         methods, correct = ACROSS.get(axis, ((), "none"))
         for method in methods:
             if method != "rotate" or (model, axis) == ROTATED:
                 yield _case(axis, 0.5, method, correct, scope="model")
-    for method in ("ghost", "rotate") if model == "mamba2" else ("ghost",):
+    for method in ("ghost", "rotate") if model == ROTATED[0] else ("ghost",):
         yield _case("state", 0.25, method, "none")
+        yield _case("state", 0.25, method, "none", scope="model")
 
 
 def _corrections(axis: str, method: str) -> Iterator[str]:

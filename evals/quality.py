@@ -1,6 +1,6 @@
 """What the shipped recipes cost the reference checkpoints, measured on the written folders.
 
-python evals/quality.py             the whole table, kept in evals/results/ (about ten minutes on two cores)
+python evals/quality.py             the whole table, kept in evals/results/ (half an hour on one core)
 python evals/quality.py --demo OUT  dense, magnitude and WANDA from folders that `make demo` has just written
 """
 
@@ -30,10 +30,12 @@ WAYS = {
     "SparseGPT 2:4": "prune/sparsegpt-2-4",
     "half of A_log memoryless, SparseSSM": "prune/sparsessm-50",
     "half of the states": "prune/states-50",
+    "half of the states, rotated": "prune/states-50-rotated",
     "half of the states, recall in calibration": "prune/states-50-recall",
     "half of the states, then WANDA 50 %": "prune/states-50-wanda-50",
     "half of the channels": "prune/channels-50",
     "half of the heads": "prune/heads-50",
+    "half of the scans": "prune/scans-50",
     "three quarters of the layers": "prune/layers-75",
 }
 CONTESTS = (
@@ -81,7 +83,7 @@ def measure(model: str, tell: Emit) -> list[Measured]:
             folder = Path(work) / Path(recipe).name
             try:
                 ssmcompress.run(recipe, [f"model=ref:{model}"], out=folder, no_eval=True)
-            except UnsupportedError:  # channels are Mamba-1's, heads Mamba-2's
+            except UnsupportedError:  # channels are Mamba-1's, heads and rotated states Mamba-2's
                 continue
             found.append(_evaluated(way, str(folder)))
             tell(Note(f"ref:{model}, {way}: {found[-1].summary['bits_per_byte']:.4f} bits per byte"))

@@ -22,8 +22,8 @@ METHODS = {  # of each axis, the usual one first
     "ssm": ("shedder", "similarity", "random"),
     "layer": ("shedder", "similarity", "random"),
 }
-INNER = ("channel", "head", "head_channel")  # axes of what out_proj takes in
-USUAL = dict.fromkeys(INNER, "refit") | {WIDTH: "rescale"}  # corrections; others: none
+INNER = ("channel", "head", "head_channel")  # axes whose units are inputs of out_proj
+USUAL = dict.fromkeys(INNER, "refit") | {"width": "rescale"}  # corrections; others: none
 
 
 class Strict(BaseModel):

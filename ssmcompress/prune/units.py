@@ -128,11 +128,7 @@ class _Cutter:
         elif self.step.correction == "bias":
             gone = removed(self.axes[layer], cast(Keep, made[0]).keep, "mixer.out_proj.weight")[1]
             bias = compensated(cast(Any, block).mixer.out_proj, gone, statistics["out_proj"].mean)
-            if self.arch.biased:
-                made.append(self._replace(layer, BIAS, bias))
-            else:  # one layer's dtype, for a product takes no other
-                weight = self._replace(layer, "mixer.out_proj.weight", bias)
-                made.append(self._add(layer, BIAS, weight.values))
+            made.append(self._biased(layer, bias))
         return made
 
     def _fewer(self, layer: int, block: nn.Module, statistics: Mapping[str, Any]) -> list[Edit]:
@@ -145,6 +141,12 @@ class _Cutter:
             return [self.chosen[layer]]
         scorer = Scorer(self.arch, axis, layer, block, statistics, self.fisher, self.seed, after)
         return [Keep(axis.name, layer, best(scorer.score(self.step.criterion), after, groups_of(self.arch, axis.name)))]
+
+    def _biased(self, layer: int, values: Tensor) -> Edit:
+        if self.arch.biased:
+            return self._replace(layer, BIAS, values)
+        weight = self._replace(layer, "mixer.out_proj.weight", values)  # its dtype, for a product takes no other
+        return self._add(layer, BIAS, weight.values)
 
     def _add(self, layer: int, name: str, values: Tensor) -> Add:
         return Add(self.arch.prefix(layer) + name, values.cpu())
