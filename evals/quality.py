@@ -1,12 +1,14 @@
 """What the shipped recipes cost the reference checkpoints, measured on the written folders.
 
 python evals/quality.py             the whole table, kept in evals/results/ (half an hour on one core)
+python evals/quality.py --missing   only the ways that are not in it yet
 python evals/quality.py --demo OUT  dense, magnitude and WANDA from folders that `make demo` has just written
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from ssmcompress.evaluate.results import documents
 from ssmcompress.events import Emit, Note, Table, Terminal
 from ssmcompress.measure.perplexity import DocumentScore, paired_difference
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parent / "results"
 MODELS = ("mamba", "mamba2")
 WAYS = {
     "magnitude 50 %": "prune/magnitude-50",
@@ -61,6 +63,7 @@ def main() -> None:
     """Measures, prints, and keeps the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--missing", action="store_true")
     parser.add_argument("--demo", type=Path)
     options = parser.parse_args()
     with Terminal() as tell:
@@ -68,18 +71,22 @@ def main() -> None:
             demo(options.demo, tell)
             return
         for model in options.models:
-            found = measure(model, tell)
-            tell(Table(f"ref:{model}", COLUMNS, tuple(rows(found))))
-            for sentence in verdicts(found):
+            there, said = kept(model) if options.missing else ({}, [])
+            found = measure(model, [way for way in WAYS if way not in there], tell)
+            lines = there | {line[0]: line for line in rows(found)}
+            said = said or verdicts(found)
+            tell(Table(f"ref:{model}", COLUMNS, tuple(lines.values())))
+            for sentence in said:
                 tell(Note(sentence))
-            keep(model, found)
+            keep(model, found, [lines[way] for way in ("dense", *WAYS) if way in lines], said)
 
 
-def measure(model: str, tell: Emit) -> list[Measured]:
-    """Dense and every way of pruning one reference checkpoint, each evaluated from disk."""
+def measure(model: str, ways: Sequence[str], tell: Emit) -> list[Measured]:
+    """Dense and some ways of pruning one reference checkpoint, each evaluated from disk."""
     found = [_evaluated("dense", f"ref:{model}")]
     with tempfile.TemporaryDirectory() as work:
-        for way, recipe in WAYS.items():
+        for way in ways:
+            recipe = WAYS[way]
             folder = Path(work) / Path(recipe).name
             try:
                 ssmcompress.run(recipe, [f"model=ref:{model}"], out=folder, no_eval=True)
@@ -113,16 +120,22 @@ def verdicts(found: list[Measured]) -> list[str]:
     return sentences
 
 
-def keep(model: str, found: list[Measured]) -> None:
-    """Writes the summaries as JSON and the table as Markdown."""
-    target = HERE / "results"
-    target.mkdir(exist_ok=True)
-    content = {each.way: each.summary for each in found} | {"verdicts": verdicts(found)}
-    (target / f"quality-{model}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(found)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    said = "\n".join(f"- {each}" for each in verdicts(found))
-    (target / f"quality-{model}.md").write_text(f"### ref:{model}\n\n{table}\n\n{said}\n", encoding="utf-8")
+def kept(model: str) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """The lines of the kept table by way, and what was said below it."""
+    text = (RESULTS / f"quality-{model}.md").read_text(encoding="utf-8").splitlines()
+    lines = [tuple(line[2:-2].split(" | ")) for line in text if line.startswith("| ")]
+    return {line[0]: line for line in lines[2:]}, [line[2:] for line in text if line.startswith("- ")]
+
+
+def keep(model: str, found: list[Measured], lines: Sequence[tuple[str, ...]], said: Sequence[str]) -> None:
+    """Writes the summaries as JSON, beside those that are there, and the table as Markdown."""
+    path = RESULTS / f"quality-{model}.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content |= {each.way: each.summary for each in found} | {"verdicts": list(said)}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    table = "\n".join("| " + " | ".join(line) + " |" for line in (COLUMNS, ("---",) * len(COLUMNS), *lines))
+    told = "\n".join(f"- {each}" for each in said)
+    (RESULTS / f"quality-{model}.md").write_text(f"### ref:{model}\n\n{table}\n\n{told}\n", encoding="utf-8")
 
 
 def demo(folder: Path, tell: Emit) -> None:
@@ -148,7 +161,7 @@ def demo(folder: Path, tell: Emit) -> None:
 
 def _evaluated(way: str, model: str) -> Measured:
     with tempfile.TemporaryDirectory() as work:
-        ssmcompress.evaluate(model, recall=True, out=Path(work) / "results")
+        ssmcompress.evaluate(model, perplexity="default", recall=True, out=Path(work) / "results")
         summary = json.loads((Path(work) / "results/summary.json").read_text())
         return Measured(way, summary, documents(Path(work) / "results"))
 
