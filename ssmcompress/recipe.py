@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import yaml
 from pydantic import (
@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from ssmcompress.errors import RecipeError
-from ssmcompress.steps import Cut, Prune, Step, Strict, beyond_defaults
+from ssmcompress.steps import METHODS, Cut, Method, Prune, Step, Strict, beyond_defaults
 
 Drop = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -151,6 +151,9 @@ def pruning(model: str, options: PruneOptions) -> Recipe:
             near = get_close_matches(name, PruneOptions.__annotations__, n=1)
             raise RecipeError(f"There is no option {name!r}.", hint=f"Did you mean {near[0]!r}?" if near else "")
     kind, other = (Cut, Prune) if options.get("axis") else (Prune, Cut)
+    axes = [axis for axis, methods in METHODS.items() if options.get("method") in methods]
+    if kind is Prune and axes and options.get("method") not in get_args(Method):
+        raise RecipeError(f"The method {options['method']} needs an axis.", hint=f"Its axes are {', '.join(axes)}.")
     step: dict[str, Any] = {"step": "prune"}
     calibrate: dict[str, Any] = {}
     rest: dict[str, Any] = {}

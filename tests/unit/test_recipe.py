@@ -202,3 +202,13 @@ def test_records_name_no_paths(tmp_path):
 def test_the_description_does_not_change_what_is_done():
     made = pruning("m", {})
     assert made.model_copy(update={"description": "words"}).sha256() == made.sha256()
+
+
+@pytest.mark.parametrize(
+    ("method", "axes"), [("rotate", "state"), ("shedder", "ssm, layer"), ("flap", "channel, head")]
+)
+def test_a_method_of_axes_says_which(method, axes):
+    with pytest.raises(RecipeError, match=f"The method {method} needs an axis") as refused:
+        pruning("ref:mamba2", {"method": method})
+    assert f"Its axes are {axes}" in refused.value.hint
+    assert pruning("ref:mamba2", {"method": "sparsessm"}).steps[0].method == "sparsessm"
