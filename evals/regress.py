@@ -109,7 +109,7 @@ def judged(baseline: Baseline, now: Baseline) -> tuple[list[tuple[str, ...]], li
 def _tolerance(cost: Difference) -> float:
     """What may be lost of a measure, from what the recipe costs; one item at least, where answers are counted."""
     low, high = cost.interval or (-WIDEST, WIDEST)
-    one = 1 / cost.items if cost.kind == "accuracy" else 0.0
+    one = 1 / cost.items if cost.kind != "log_likelihood" else 0.0
     return min(max((high - low) / 2, one), WIDEST)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import yaml
 from pydantic import (
+    BeforeValidator,
     Field,
     ValidationError,
     field_validator,
@@ -22,7 +23,14 @@ from pydantic import (
 from ssmcompress.errors import RecipeError
 from ssmcompress.steps import METHODS, Cut, Method, Prune, Step, Strict, beyond_defaults
 
-Drop = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _no_switch(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML reads yes and on as true, which would be a bound of one
+        raise ValueError("must be a number")
+    return value
+
+
+Drop = Annotated[float, BeforeValidator(_no_switch), Field(ge=0, allow_inf_nan=False)]
 
 
 class Calibration(Strict):
@@ -65,7 +73,7 @@ class Gate(Strict):
     @field_validator("max_drop", mode="before")
     @classmethod
     def _one(cls, value: Any) -> Any:
-        return {"all": value} if isinstance(value, int | float) else value
+        return {"all": value} if isinstance(value, int | float | str) else value
 
 
 class Recipe(Strict):

@@ -14,7 +14,7 @@ FEW = 100  # up to so many items ten times as many resamples, which their wider 
 LEAST = 6  # items: the signs of fewer agree by chance more often than once in twenty times, 2 / 2**5
 CHUNK = 2**21  # resampled entries in memory at a time
 
-Kind = Literal["accuracy", "log_likelihood"]
+Kind = Literal["accuracy", "cost", "log_likelihood"]
 Interval = tuple[float, float]
 
 
@@ -22,8 +22,8 @@ Interval = tuple[float, float]
 class Samples:
     """What a model scored on each item of a measure, whose figure is Σ values / Σ weights.
 
-    Values are shares of right answers (accuracy: higher is better), or negative log-likelihoods in nats or, for bits
-    per byte, in bits (log_likelihood: lower is better).
+    Values are shares of right answers (accuracy: higher is better), what a task counts as bad (cost: lower is better),
+    or negative log-likelihoods in nats or, for bits per byte, in bits (log_likelihood: lower is better).
     """
 
     measure: str
@@ -48,11 +48,11 @@ class Samples:
 
     @property
     def measurable(self) -> bool:
-        """Whether damage could be seen: an accuracy lies four standard errors above chance; a likelihood always can.
+        """Whether damage could be seen: an accuracy lies four standard errors above chance; the others always can.
 
         Without a known chance anything above zero counts. The error is at least the one that `measure.recall` assumes.
         """
-        if self.kind == "log_likelihood":
+        if self.kind != "accuracy":
             return True
         if self.chance is None:
             return self.figure > 0
@@ -65,10 +65,10 @@ class Samples:
 class Difference:
     """B against A on the items of one measure.
 
-    `change` is B's figure minus A's for an accuracy, and B's figure over A's, minus one, for a likelihood measure (for
-    a perplexity that is exp of the difference of the mean nats, minus one). `interval` holds it with 95 % confidence by
-    itself; `adjusted` with the confidence that its step of Holm's procedure asks for (None where the items are too few
-    to tell an interval).
+    `change` is B's figure minus A's for an accuracy or a cost, and B's figure over A's, minus one, for a likelihood
+    measure (for a perplexity that is exp of the difference of the mean nats, minus one). `interval` holds it with 95 %
+    confidence by itself; `adjusted` with the confidence that its step of Holm's procedure asks for (None where the
+    items are too few to tell an interval).
     `p` is the test's, `p_holm` the one to be held against 5 %.
     """
 
@@ -87,7 +87,7 @@ class Difference:
 
     @property
     def loss(self) -> float:
-        """How much worse B is: points of an accuracy, or the relative rise of a likelihood measure."""
+        """How much worse B is: points of an accuracy or cost, or the relative rise of a likelihood measure."""
         return -self.change if self.kind == "accuracy" else self.change
 
     @property
@@ -120,7 +120,7 @@ def differences(
     found, draws = [], []
     for one, other in zip(a, b, strict=True):
         change, drawn = _changes(one, other, seed, resamples)
-        binary = bool(np.isin([one.values, other.values], [0.0, 1.0]).all()) and one.kind == "accuracy"
+        binary = bool(np.isin([one.values, other.values], [0.0, 1.0]).all()) and one.kind != "log_likelihood"
         p = mcnemar(one.values, other.values) if binary else less_sure(bootstrap_p(drawn), len(one.values))
         draws.append(drawn)
         found.append(
@@ -232,7 +232,7 @@ def holm(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _changes(a: Samples, b: Samples, seed: int, resamples: int) -> tuple[float, np.ndarray]:
     """The change as measured, and as resampled [R]: both sums of the ratio over the same drawn items."""
     gain = b.values - a.values
-    base = a.weights if a.kind == "accuracy" or a.exponential else a.values
+    base = a.weights if a.kind != "log_likelihood" or a.exponential else a.values
 
     def change(gain: np.ndarray, base: np.ndarray, axis: int = -1) -> np.ndarray:
         ratio = gain.sum(axis) / base.sum(axis)

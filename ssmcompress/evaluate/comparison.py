@@ -266,8 +266,11 @@ def _failures(candidate: Candidate, bounds: dict[str, float], strict: bool) -> l
 
 
 def _warn(names: Sequence[str], found: Sequence[Results], emit: Emit) -> None:
-    """Says what was computed in another way than the reference was."""
+    """Says what cannot be compared, and what was computed in another way than the reference was."""
     first, reference = names[0], found[0].summary
+    if lone := [score.measure for score in reference.tasks if score.measure not in found[0].samples]:
+        told = f"{', '.join(lone)}: lm-eval tells a figure that is no mean of items, so it is not compared."
+        emit(Note(told, "warning"))
     for name, summary in zip(names[1:], (each.summary for each in found[1:]), strict=True):
         rest = "part of a difference may come from that."
         if summary.dtype != reference.dtype:
@@ -286,8 +289,8 @@ def _tell(found: Comparison, emit: Emit) -> None:
         emit(Table(title, columns + (("allowed", "gate") if gated else ()), rows))
     emit(
         Note(
-            "Accuracies differ in points, perplexities and bits per byte in percent. Intervals are paired over items:"
-            " 95 %, and wider as Holm's correction asks."
+            "Accuracies and other scores differ in points, perplexities and bits per byte in percent. Intervals are"
+            " paired over items: 95 %, and wider as Holm's correction asks."
         )
     )
 
@@ -298,7 +301,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _change(row: Row) -> str:
-    """A change with its interval: points of an accuracy, else percent."""
+    """A change with its interval: points of an accuracy or another score, else percent."""
     percent = row.kind == "log_likelihood"
 
     def say(change: float) -> str:

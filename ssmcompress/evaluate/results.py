@@ -227,7 +227,7 @@ def read(folder: str | Path) -> Results:
         if name in scores and len(rows) != scores[name].samples:
             told = f"{len(rows)} items of {name}, and {NAME} tells of {scores[name].samples}"
             raise InputError(f"{folder / SAMPLES} holds {told}.", hint=HINT)
-        if min(row.weight for row in rows) < 0 or not math.fsum(row.weight for row in rows):
+        if min(row.weight for row in rows) < 0 or not 0 < math.fsum(row.weight for row in rows) < math.inf:
             raise InputError(f"{folder / SAMPLES} has weights of {name} that are no weights.", hint=HINT)
     samples = {name: _samples(rows, chances.get(name), scores.get(name)) for name, rows in found.items()}
     return Results(folder, summary, samples)
@@ -275,7 +275,7 @@ def _samples(rows: list[Item], chance: float | None, score: TaskScore | None) ->
         np.array([row.weight for row in rows], float),
         chance,
     )
-    if score is None or made.kind == "accuracy":
+    if score is None or made.kind != "log_likelihood":
         return made
     plain = math.isclose(made.values.sum() / made.weights.sum(), score.value, rel_tol=1e-6)
     return replace(made, perplexity=not plain)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssmcompress.errors import UnsupportedError
+from ssmcompress.evaluate.compare import Kind
 from ssmcompress.evaluate.results import Item, TaskScore
 from ssmcompress.evaluate.suites import Entry
 
@@ -91,8 +92,9 @@ def _items(score: TaskScore, rows: list[Any]) -> list[Item]:
                 continue
         except (TypeError, ValueError, OverflowError, ZeroDivisionError):
             continue
+        told: Kind = "cost" if kind == "accuracy" and not score.higher_is_better else kind
         return [
-            Item(measure=score.measure, kind=kind, item=_identity(row), value=value, weight=weight)
+            Item(measure=score.measure, kind=told, item=_identity(row), value=value, weight=weight)
             for row, (value, weight) in zip(rows, pairs, strict=True)
         ]
     return []

@@ -15,13 +15,14 @@ from ssmcompress.measure.interval import accuracy_interval
 from ssmcompress.measure.perplexity import DocumentScore, paired_difference
 from ssmcompress.report.checkpoints import Checkpoint, Evaluation, Look, Probe
 
-Unit = Literal["bits", "share", "plain"]
+Unit = Literal["bits", "share", "own", "plain"]
 PROBES = {"copy": "copying {} words", "key-value": "{} key-value pairs"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """Against the dense model on the same items: bits, points (share) or relative (plain), with 95 % interval."""
+    """Against the dense model on the same items: in bits, points (share), its own unit, or relative (plain), with 95 %
+    interval."""
 
     value: float
     interval: tuple[float, float] | None
@@ -146,7 +147,10 @@ def _task(score: TaskScore) -> tuple[Measure, Figure]:
 
 
 def _changed(figure: Figure, found: Difference | None) -> Figure:
-    return figure if found is None else replace(figure, change=Change(found.change, found.interval, verdict(found)))
+    if found is None:
+        return figure
+    unit = "own" if figure.unit == "plain" and found.kind != "log_likelihood" else figure.unit
+    return replace(figure, unit=unit, change=Change(found.change, found.interval, verdict(found)))
 
 
 def _tested(dense: Checkpoint, each: Checkpoint) -> dict[str, Difference]:

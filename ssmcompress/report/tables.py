@@ -56,6 +56,8 @@ class Member:
         made = self.checkpoint.made
         if made is not None:
             return words.brief(made.recipe, made.manifest.verb)
+        if adapter := next((each.summary.adapter for each in self.checkpoint.evaluations if each.summary.adapter), ""):
+            return f"with the adapter {adapter}"
         return "dense" if self.checkpoint.dense else "compressed; its folder was not given"
 
 

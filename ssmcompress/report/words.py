@@ -40,13 +40,13 @@ def value(figure: Figure) -> str:
 
 
 def change(found: Change, unit: str) -> str:
-    """A change with its interval: bits per byte, points of an accuracy, or percent of another figure."""
+    """A change with its interval: bits per byte, points of an accuracy, a score's own unit, or percent of another."""
 
     def say(each: float) -> str:
-        told = f"{each:+.4f}" if unit == "bits" else f"{100 * each:+,.1f}"
+        told = f"{each:+.4f}" if unit in ("bits", "own") else f"{100 * each:+,.1f}"
         return told if float(told.replace(",", "")) else told[1:]
 
-    tail = {"bits": "", "share": "", "plain": " %"}[unit]
+    tail = " %" if unit == "plain" else ""
     held = f" [{say(found.interval[0])}, {say(found.interval[1])}]" if found.interval else ""
     return signed(f"{say(found.value)}{tail}{held}")
 

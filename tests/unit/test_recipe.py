@@ -184,6 +184,13 @@ def test_a_gate_needs_something_measured_and_takes_one_bound_for_all():
     assert recipe(model="m", steps=step, eval={}, gate={"max_drop": 0.1}).gate.max_drop == {"all": 0.1}
     with pytest.raises(RecipeError, match=r"gate\.max_drop\.all"):
         recipe(model="m", steps=step, eval={}, gate={"max_drop": -0.1})
+    assert recipe(model="m", steps=step, eval={}, gate={"max_drop": "1e-2"}).gate.max_drop == {"all": 0.01}
+
+
+@pytest.mark.parametrize("bound", [True, {"text": True}])
+def test_yes_is_no_bound(bound):
+    with pytest.raises(RecipeError, match=r"gate\.max_drop\.(all|text): must be a number, found True"):
+        recipe(model="m", steps=[{"step": "prune"}], eval={}, gate={"max_drop": bound})
 
 
 def test_a_recipe_without_steps_is_none():

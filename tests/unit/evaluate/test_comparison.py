@@ -76,6 +76,29 @@ def test_the_table_comes_before_the_gate_closes(dense, tmp_path):
     assert "time" not in (tmp_path / "out" / "comparison.json").read_text()
 
 
+def test_a_score_of_which_less_is_better_loses_by_rising(tmp_path):
+    rare = (np.arange(400) % 4 == 0).astype(float)
+    a, b = (results(tmp_path / name, {"bias/acc": row}) for name, row in (("a", rare), ("b", 1 - rare)))
+    for each in (a, b):
+        lines = (Path(each) / "samples.jsonl").read_text()
+        (Path(each) / "samples.jsonl").write_text(lines.replace('"accuracy"', '"cost"'))
+    with pytest.raises(GateError, match=r"bias/acc lost more than allowed: \+0\.5000 \[.*bound 0.01"):
+        ssmcompress.compare(a, b, max_drop=[0.01])
+    found = rows(ssmcompress.compare(b, a, max_drop=[0.01]))["bias/acc"]
+    assert (found.change, found.test, found.verdict, found.gate) == (-0.5, "mcnemar", "better", "passes")
+
+
+def test_a_figure_that_has_no_items_is_said_not_to_be_compared(dense, tmp_path):
+    other = folder(tmp_path / "other")
+    for each in (dense, other):
+        lines = (Path(each) / "samples.jsonl").read_text().splitlines(keepends=True)
+        (Path(each) / "samples.jsonl").write_text("".join(line for line in lines if TEXT in line))
+    told = []
+    ssmcompress.compare(dense, other, emit=told.append)
+    [warning] = [event for event in told if isinstance(event, Note) and event.level == "warning"]
+    assert ARC in warning.text and "not compared" in warning.text
+
+
 def test_the_same_comparison_is_the_same_bytes(dense, tmp_path):
     other = folder(tmp_path / "other", arc=FLIPPED, text=BITS * RNG.normal(1, 0.01, 200))
     for name in "ab":

@@ -68,6 +68,8 @@ ACC = {"task/acc": np.array([1.0, 0.0, 1.0])}
         (lambda lines: [*lines, "{"], "line 4: Invalid JSON"),
         (lambda lines: [lines[0].replace('"weight": 1.0', '"weight": -1.0'), *lines[1:]], "weights of task/acc"),
         (lambda lines: [line.replace('"weight": 1.0', '"weight": 0') for line in lines], "weights of task/acc"),
+        (lambda lines: [*lines[:2], lines[2].replace('"weight": 1.0', '"weight": NaN')], "weights of task/acc"),
+        (lambda lines: [*lines[:2], lines[2].replace('"weight": 1.0', '"weight": Infinity')], "weights of task/acc"),
         (lambda lines: [lines[0].replace('"value"', '"valu"'), *lines[1:]], "line 1: value: Field required"),
     ],
 )

@@ -71,6 +71,12 @@ def test_items_are_those_whose_ratio_is_the_figure(values, figure, kind, pairs):
     assert len({item.item for item in items}) == len(items) and items[0].measure == "task/m"
 
 
+def test_a_mean_of_which_less_is_better_is_a_cost():
+    found = returned([1, 0], 0.5, metric="pct_stereotype")
+    found["higher_is_better"]["task"] = {"pct_stereotype": False}
+    assert [item.kind for item in scored(found, Entry(task="task")).items] == ["cost", "cost"]
+
+
 def test_a_figure_that_is_no_mean_of_items_has_none():
     found = scored(returned([1.0, 0.0], 0.9, metric="f1"), Entry(task="task"))
     assert found.items == () and found.scores[0].value == 0.9

@@ -7,6 +7,7 @@ from ssmcompress.evaluate import results
 from ssmcompress.evaluate.compare import differences
 from ssmcompress.report.checkpoints import read
 from ssmcompress.report.measures import figures
+from ssmcompress.report.words import change
 from tests.unit.report import outputs
 
 
@@ -33,6 +34,17 @@ def test_changes_are_those_that_compare_tells(pair):
     accuracy = next(each for each in expected if each.measure == "arc_easy_local/acc")
     change = named(found, "arc_easy_local acc").change
     assert (change.value, change.interval, change.verdict) == (accuracy.change, accuracy.interval, "worse")
+
+
+def test_the_change_of_a_plain_score_is_told_in_its_own_unit(models, pair):
+    *_, dense, other = pair
+    for folder in (dense, other):
+        for name in ("summary.json", "samples.jsonl"):
+            told = (folder / name).read_text().replace('"metric":"acc"', '"metric":"bleu"')
+            (folder / name).write_text(told.replace("arc_easy_local/acc", "arc_easy_local/bleu"))
+    figure = named(figures(read([models["wanda"], dense, other])[1]), "arc_easy_local bleu")
+    assert figure.change.value == pytest.approx(-0.2)
+    assert change(figure.change, figure.unit).startswith("−0.2000 [")
 
 
 def test_the_change_in_bits_per_byte_is_absolute_and_paired(pair):

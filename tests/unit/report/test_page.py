@@ -139,6 +139,12 @@ def test_figures_on_another_text_do_not_stand_in_one_column(folders, tmp_path):
     assert "compressed; its folder was not given" in text and text.count("on other text") == 1
 
 
+def test_an_adapted_model_is_not_called_compressed(folders, tmp_path):
+    extra = outputs.evaluation(tmp_path / "r2", {"m": "2f" * 32}, "x + lora", source="source", adapter="lora")
+    text = Page(written([*folders, extra], tmp_path)).text
+    assert "with the adapter lora" in text and "compressed; its folder" not in text
+
+
 def test_a_model_alone_shows_its_own_figures(folders, tmp_path):
     text = Page(written([folders[1]], tmp_path)).text
     assert "first 512 tokens" in text and "55.0%" in text and "97.0%" in text
