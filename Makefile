@@ -3,6 +3,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # threads that spin while they wait halve the speed of a busy machine
 export OMP_WAIT_POLICY ?= PASSIVE
+# sums over threads round otherwise: figures repeat to the last digit only with as many threads
+ONE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 .PHONY: setup demo test check bench regress rebase report clean
 
@@ -20,7 +22,7 @@ demo: $(READY)
 	$(BIN)/python evals/quality.py --demo out
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	$(ONE) $(BIN)/pytest -n 2
 
 check: $(READY)
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
@@ -32,10 +34,10 @@ bench: $(READY)
 	$(BIN)/python evals/bench/cuts.py
 
 regress: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m evals.regress
+	$(ONE) $(BIN)/python -m evals.regress
 
 rebase: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m evals.regress --rebase
+	$(ONE) $(BIN)/python -m evals.regress --rebase
 
 report: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m evals.report --limit 20 --out out/report
