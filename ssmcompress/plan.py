@@ -11,6 +11,7 @@ import torch
 from ssmcompress import edits as editing
 from ssmcompress.arch.base import DECAYS, Arch
 from ssmcompress.arch.surgery import Surgery
+from ssmcompress.assess import foresee
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.card import MASKS, MEMORYLESS
 from ssmcompress.checkpoint.card import coverage as coverage_rows
@@ -51,6 +52,8 @@ def plan(
     """
     recipe = _recipe(model, overrides, options)
     source = _resolve(recipe.model)
+    if recipe.eval is not None:
+        foresee(recipe)
     arch, stored = headers(source)
     weights = weigh(stored)
     expected = forecast(arch, recipe.steps, weights)

@@ -81,7 +81,7 @@ class Recipe(Strict):
 
     description: str = ""
     model: str
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     backend: Literal["auto", "native", "torch", "cuda", "reference"] = "auto"
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -7,7 +7,7 @@ from ssmcompress import plan as plan_function
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Mask
-from ssmcompress.errors import InputError, ResourceError, UnsupportedError
+from ssmcompress.errors import InputError, ResourceError, SsmcompressError, UnsupportedError
 from ssmcompress.events import Note, Table
 from ssmcompress.plan import expected_kept, forecast, records_of
 from ssmcompress.prune.apply import BLOCK
@@ -102,6 +102,15 @@ def test_it_refuses_what_prune_would_refuse(folder):
         plan_function(str(folder), include=("zzz",))
     with pytest.raises(UnsupportedError):
         plan_function(str(folder), method="sparsegpt", include=("conv1d",))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("eval.tasks=[arc_easy_lokal]", "arc_easy_lokal"), ("gate.max_drop={arc_hard: 0.1}", "arc_hard")],
+)
+def test_it_refuses_an_evaluation_that_run_would_refuse(override, message):
+    with pytest.raises(SsmcompressError, match=message):
+        plan_function("prune/wanda-50", [override])
 
 
 def test_it_tells_what_changes_who_loads_it_and_what_is_covered(folder):
