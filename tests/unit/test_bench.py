@@ -107,4 +107,4 @@ def test_a_quick_run_of_the_cuts_measures_every_one(cpu: ModuleType, capsys: pyt
     cuts.main(["--quick"])
     told = capsys.readouterr().out
     for family, made in cuts.CUTS.items():
-        assert all(f"{family}, {axis} keep {share:g}" in " ".join(told.split()) for axis, share in made)
+        assert all(f"{family}, {step.axis} keep {step.keep:g}" in " ".join(told.split()) for step in made)
