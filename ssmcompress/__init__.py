@@ -21,6 +21,7 @@ FUNCTIONS = {
     "models": "ssmcompress.models",
     "plan": "ssmcompress.plan",
     "prune": "ssmcompress.run",
+    "reduce_tokens": "ssmcompress.run",
     "report": "ssmcompress.report.page",
     "run": "ssmcompress.run",
 }

@@ -50,7 +50,7 @@ def made_by(recipe: Recipe, folder: Path) -> bool:
     if not (folder / manifest.NAME).exists() or manifest.changed(folder):
         return False
     made, source = manifest.read(folder), resolve(recipe.model)
-    if made.verb != "prune" or made.source.sha256 != manifest.describe(source).sha256:
+    if made.verb not in ("prune", "reduce-tokens") or made.source.sha256 != manifest.describe(source).sha256:
         return False
     told = read(str(folder / RECIPE))
     return told.making().sha256() == recipe.portable(source.label).making().sha256()

@@ -22,21 +22,28 @@ from ssmcompress.options import (
     OUTPUT,
     AdapterFolder,
     Against,
+    Anchors,
     BatchSize,
     ComputeDtype,
+    DecayOption,
     Device,
     Fewshot,
+    Flops,
     IncludePath,
     Json,
+    KeepTokens,
     Kernels,
     Lengths,
     Limit,
+    MatchWindow,
+    Merging,
     Model,
     NoEval,
     Out,
     Overrides,
     Overwrite,
     PerplexityText,
+    Pruned,
     Recall,
     RecipeName,
     ResultsOut,
@@ -44,6 +51,8 @@ from ssmcompress.options import (
     SpeedToo,
     SuiteName,
     Tasks,
+    TokenImportance,
+    TokenMethod,
     WindowLength,
     with_pruning_options,
 )
@@ -157,6 +166,33 @@ def prune(
 ) -> None:
     """Set weights to zero, write the checkpoint, load it again and measure it."""
     _call("prune", model=model, out=out, overwrite=overwrite, no_eval=no_eval, **options)
+
+
+@app.command("reduce-tokens", epilog="Example: ssmcompress reduce-tokens ref:mamba --flops 0.2 --out out/tokens20")
+def reduce_tokens(
+    model: Model,
+    *,
+    out: Out,
+    method: TokenMethod = None,
+    flops: Flops = None,
+    layers: Anchors = None,
+    keep: KeepTokens = None,
+    pruned: Pruned = None,
+    importance: TokenImportance = None,
+    merge: Merging = None,
+    match_window: MatchWindow = None,
+    decay: DecayOption = "drop",
+    overwrite: Overwrite = False,
+    no_eval: NoEval = False,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: ComputeDtype = "auto",
+    backend: Kernels = "auto",
+) -> None:
+    """Let tokens of long prompts leave on their way through the blocks, and measure what that costs."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    _call("reduce_tokens", **given)
 
 
 @app.command(epilog="Example: ssmcompress plan ref:mamba --pattern 2:4")

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssmcompress.errors import InputError, ResourceError
+from ssmcompress.policy import TokenPolicy
 
 HEADER = "ssmcompress.edits"  # the file's only metadata key: safetensors writes several in random order
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -145,10 +146,32 @@ class Keep(_Kept):
         return cls(place[2], None if place[1] is None else int(place[1]), keep)
 
 
+@dataclass(frozen=True, eq=False)
+class Reduce:
+    """Tokens of a prompt leave by a policy, whose layers are the source's."""
+
+    kind: ClassVar[str] = "reduce"
+    tensor: ClassVar[str] = "tokens"  # what it is about, where other edits name a tensor
+    shape: ClassVar[tuple[int, ...]] = ()
+    policy: TokenPolicy
+
+    def pack(self) -> Tensor:
+        """What is stored: the policy as JSON, a byte an entry."""
+        return torch.tensor(list(self.policy.model_dump_json().encode()), dtype=torch.uint8)
+
+    @classmethod
+    def unpack(cls, tensor: str, shape: tuple[int, ...], stored: Tensor) -> "Reduce":
+        """The edit from what is stored; ValueError says what is wrong with it."""
+        if tensor != cls.tensor or shape != () or stored.dtype != torch.uint8 or stored.dim() != 1:
+            raise ValueError("it is no policy in bytes")
+        return cls(TokenPolicy.read(bytes(stored.tolist())))
+
+
 TensorEdit = Replace | Mask
-Edit = TensorEdit | Add | Keep
-KINDS: dict[str, type[Replace] | type[Mask] | type[Keep]] = {  # in the order they apply
-    kind.kind: kind for kind in (Replace, Mask, Forget, Add, Keep)
+Structural = Add | Keep | Reduce
+Edit = TensorEdit | Structural
+KINDS: dict[str, type[Replace] | type[Mask] | type[Keep] | type[Reduce]] = {  # in the order they apply
+    kind.kind: kind for kind in (Replace, Mask, Forget, Add, Keep, Reduce)
 }
 
 
@@ -241,25 +264,25 @@ def by_tensor(edits: Iterable[Edit]) -> dict[str, list[TensorEdit]]:
     """The edits of each tensor in the order they apply, for writing shard by shard."""
     ranks = list(KINDS)
     groups: dict[str, list[TensorEdit]] = {}
-    present = (edit for edit in edits if not isinstance(edit, Keep | Add))
+    present = (edit for edit in edits if not isinstance(edit, Structural))
     for edit in sorted(present, key=lambda edit: ranks.index(edit.kind)):
         groups.setdefault(edit.tensor, []).append(edit)
     return groups
 
 
-def reshaping(edits: Iterable[Edit]) -> list[Keep | Add]:
-    """The edits that change what tensors there are, or their shapes."""
-    return [edit for edit in edits if isinstance(edit, Keep | Add)]
+def reshaping(edits: Iterable[Edit]) -> list[Structural]:
+    """The edits that change what tensors there are, or their shapes, or what is done with them: the config."""
+    return [edit for edit in edits if isinstance(edit, Structural)]
 
 
 def compose(*steps: Iterable[Edit]) -> list[Edit]:
     """One list that does what the steps do one after the other, with at most one edit of a kind per tensor.
 
     Units that a step removes are gone for all: one Keep per axis and layer is left, of those that every step keeps. Of
-    a tensor that was added twice the last is left.
+    a tensor that was added twice the last is left, and of two policies.
     """
     found: dict[str, dict[str, TensorEdit]] = {}
-    units: dict[str, Keep | Add] = {}
+    units: dict[str, Structural] = {}
     for step in map(tuple, steps):
         for some in reshaping(step):
             before = units.get(some.tensor)

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ssmcompress.policy import Rule
+
 Backend = Literal["auto", "native", "torch", "cuda", "reference"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Method = Literal[
@@ -28,6 +30,7 @@ Method = Literal[
 ]
 AxisName = Literal["state", "channel", "dt_rank", "head", "head_channel", "width", "ssm", "layer"]
 
+TOKENS = "Which tokens leave"
 WHAT, TEXT, MEASURE, GATE, OUTPUT, COMPUTE = (
     "What to prune",
     "Calibration",
@@ -130,6 +133,73 @@ CalibMix = Annotated[
     typer.Option("--calib-mix", help="Mix in memory exercises.", rich_help_panel=TEXT),
 ]
 NoEval = Annotated[bool, typer.Option("--no-eval", help="Skip the figures before and after.", rich_help_panel=OUTPUT)]
+TokenMethod = Annotated[
+    Rule | None,
+    typer.Option("--method", help="The rule by which tokens leave.", show_default="utrc", rich_help_panel=TOKENS),
+]
+Flops = Annotated[
+    float | None,
+    typer.Option(
+        "--flops",
+        help="Share of the blocks' work to save on a long prompt.",
+        show_default="0.2",
+        rich_help_panel=TOKENS,
+    ),
+]
+KeepTokens = Annotated[
+    float | None,
+    typer.Option("--keep", help="Instead: share of the tokens that stay each time.", rich_help_panel=TOKENS),
+]
+Anchors = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        metavar="N,N",
+        help="Blocks after which tokens leave, from 0.",
+        show_default="the paper's, by depth",
+        rich_help_panel=TOKENS,
+    ),
+]
+Pruned = Annotated[
+    float | None,
+    typer.Option(
+        "--pruned",
+        help="utrc: share of the removed tokens that are not merged.",
+        show_default="0.5",
+        rich_help_panel=TOKENS,
+    ),
+]
+TokenImportance = Annotated[
+    Literal["clip", "l1", "l2", "mean"] | None,
+    typer.Option(
+        "--importance",
+        help="utrc, evit: of a token, from the mixer's output.",
+        show_default="clip",
+        rich_help_panel=TOKENS,
+    ),
+]
+Merging = Annotated[
+    Literal["mean", "sequential"] | None,
+    typer.Option("--merge", help="utrc, tome: several tokens into one.", show_default="mean", rich_help_panel=TOKENS),
+]
+MatchWindow = Annotated[
+    int | None,
+    typer.Option(
+        "--match-window",
+        metavar="TOKENS",
+        help="utrc, tome: merge only tokens so near; the time then grows with the length alone.",
+        show_default="anywhere",
+        rich_help_panel=TOKENS,
+    ),
+]
+DecayOption = Annotated[
+    Literal["drop", "carry"],
+    typer.Option(
+        "--decay",
+        help="Drop the steps of tokens that leave, or carry them to the next one.",
+        rich_help_panel=TOKENS,
+    ),
+]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe (sparsity=0.6).")

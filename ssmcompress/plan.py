@@ -13,12 +13,12 @@ from ssmcompress.arch.base import DECAYS, Arch
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.assess import foresee
 from ssmcompress.checkpoint import manifest
-from ssmcompress.checkpoint.card import MASKS, MEMORYLESS
+from ssmcompress.checkpoint.card import IGNORED, MASKS, MEMORYLESS
 from ssmcompress.checkpoint.card import coverage as coverage_rows
-from ssmcompress.checkpoint.manifest import SizeRecord, TensorRecord
+from ssmcompress.checkpoint.manifest import SizeRecord, TensorRecord, TokenRecord
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import Source, headers, resolve
-from ssmcompress.edits import Edit, Forget, Mask
+from ssmcompress.edits import Edit, Forget, Mask, Reduce
 from ssmcompress.errors import InputError, RecipeError, ResourceError, UnsupportedError
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
@@ -27,7 +27,8 @@ from ssmcompress.prune.sizes import Figures, Size, Weights, figures, outline, un
 from ssmcompress.prune.targets import Target, formless, targets
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import read, shipped
-from ssmcompress.steps import SSM, Cut, Step
+from ssmcompress.steps import SSM, Cut, ReduceTokens, Step
+from ssmcompress.tokens.schedule import resolved, saved
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Plan:
     zeros: int
     tensors: tuple[TensorRecord, ...]
     stock: bool = True  # whether a config of transformers says the sizes
+    tokens: TokenRecord | None = None  # how tokens leave, where they do
 
 
 def plan(
@@ -64,6 +66,7 @@ def plan(
         after=figures(expected.surgery, weights),
         sizes=expected.sizes,
         stock=expected.stock,
+        tokens=tokens_record(expected.surgery.arch),
         zeros_before=None if counted is None else sum(counted.values()),
         zeros=sum(least.values()),
         tensors=records_of(
@@ -128,6 +131,9 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
     anew, apart = set[str](), set[str]()
     for step in steps:
         surgery = Surgery(arch, units)
+        if isinstance(step, ReduceTokens):
+            units = editing.compose(units, [surgery.lift(Reduce(resolved(step, surgery.arch)), weights.shapes)])
+            continue
         left, names = weights.after(surgery), surgery.names(weights.shapes)
         if isinstance(step, Cut):
             sizes.append(change := sized(surgery.arch, step, left, apart))
@@ -278,6 +284,20 @@ def tell_format(stock: bool, emit: Emit) -> None:
         emit(Note(f"{told} and loads in ssmcompress, and in transformers with trust_remote_code=True.", "warning"))
 
 
+def tokens_record(arch: Arch) -> TokenRecord | None:
+    """How tokens of a prompt leave, for the manifest; None where all stay."""
+    policy = arch.policy
+    if policy is None:
+        return None
+    return TokenRecord(policy=policy, flops_reduction=saved(arch.layers, policy.layers, policy.keep))
+
+
+def tell_tokens(tokens: TokenRecord | None, emit: Emit) -> None:
+    """After which blocks tokens leave, and who lets them."""
+    if tokens is not None:
+        emit(Note(f"{tokens.told} {IGNORED}", "warning"))
+
+
 def size_rows(before: Figures | SizeRecord, after: Figures | SizeRecord) -> tuple[tuple[str, str, str], ...]:
     """Parameters and bytes, with the share that is left where it is not all."""
     names = {"params": "parameters", "weight_bytes": "weight bytes", "state_bytes": "state bytes a sequence"}
@@ -302,4 +322,5 @@ def _tell(found: Plan, exact: bool, emit: Emit) -> None:
     rows = (params, ("of them zero", before, after), *others)
     emit(Table("plan", ("", "before", "after"), rows))
     tell_format(found.stock, emit)
+    tell_tokens(found.tokens, emit)
     tell_coverage(found.tensors, emit, "not zero, at most" if found.zeros_before else "not zero")

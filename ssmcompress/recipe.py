@@ -6,7 +6,7 @@ Unknown keys are refused, and every mistake is told at once, with its line where
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_args
@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from ssmcompress.errors import RecipeError
-from ssmcompress.steps import METHODS, Cut, Method, Prune, Step, Strict, beyond_defaults
+from ssmcompress.steps import KINDS, METHODS, Cut, Method, Prune, ReduceTokens, Step, Strict, beyond_defaults
 
 
 def _no_switch(value: Any) -> Any:
@@ -148,16 +148,31 @@ class PruneOptions(TypedDict, total=False):
     backend: str
 
 
+class ReduceOptions(TypedDict, total=False):
+    """What `reduce_tokens` takes beside the model; what is left out has the default of the recipe's schema."""
+
+    method: str
+    flops: float | None
+    layers: Sequence[int] | None
+    keep: float | None
+    pruned: float | None
+    importance: str | None
+    merge: str | None
+    match_window: int | None
+    decay: str
+    seed: int
+    device: str
+    dtype: str
+    backend: str
+
+
 CALIBRATION = {"calib": "text", "calib_split": "split", "calib_column": "column", "calib_mix": "mix"}
 OPTIONS = {field: option for option, field in CALIBRATION.items()}
 
 
 def pruning(model: str, options: PruneOptions) -> Recipe:
     """The recipe of one pruning step; RecipeError for an option there is not, or a value that will not do."""
-    for name in options:
-        if name not in PruneOptions.__annotations__:
-            near = get_close_matches(name, PruneOptions.__annotations__, n=1)
-            raise RecipeError(f"There is no option {name!r}.", hint=f"Did you mean {near[0]!r}?" if near else "")
+    _require_known(options, PruneOptions)
     kind, other = (Cut, Prune) if options.get("axis") else (Prune, Cut)
     axes = [axis for axis, methods in METHODS.items() if options.get("method") in methods]
     if kind is Prune and axes and options.get("method") not in get_args(Method):
@@ -177,6 +192,21 @@ def pruning(model: str, options: PruneOptions) -> Recipe:
         else:
             rest[name] = value
     return _validated({"model": model, "calibrate": calibrate, "steps": [step]} | rest, _option)
+
+
+def reducing(model: str, options: ReduceOptions) -> Recipe:
+    """The recipe of one step that reduces tokens; RecipeError as of `pruning`."""
+    _require_known(options, ReduceOptions)
+    step = {name: value for name, value in options.items() if name in ReduceTokens.model_fields}
+    rest = {name: value for name, value in options.items() if name not in step}
+    return _validated({"model": model, "steps": [{"step": "reduce-tokens"} | step]} | rest, _option)
+
+
+def _require_known(options: Mapping[str, Any], kind: type) -> None:
+    for name in options:
+        if name not in kind.__annotations__:
+            near = get_close_matches(name, kind.__annotations__, n=1)
+            raise RecipeError(f"There is no option {name!r}.", hint=f"Did you mean {near[0]!r}?" if near else "")
 
 
 def recipe(**fields: Any) -> Recipe:
@@ -227,7 +257,7 @@ def where_in(loc: Sequence[int | str]) -> tuple[int | str, ...]:
 
 def sentence(item: Any, where: str | None = None) -> str:
     """One of pydantic's errors in a sentence: where (its key, unless told), what is wrong, what was found."""
-    kind = Cut if item["loc"][2:3] == ("cut",) else Prune
+    kind = KINDS.get(str(item["loc"][2]), Prune) if len(item["loc"]) > 2 else Prune
     loc = [str(part) for part in where_in(item["loc"])]
     where = _key(loc) if where is None else where
     if item["type"] == "missing":

@@ -15,11 +15,11 @@ from ssmcompress.arch.base import Arch, mixers
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.calib.data import Windows
 from ssmcompress.checkpoint import card, manifest
-from ssmcompress.checkpoint.manifest import ShapeRecord, SizeRecord, SourceRecord, TensorRecord
+from ssmcompress.checkpoint.manifest import ShapeRecord, SizeRecord, SourceRecord, TensorRecord, TokenRecord
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import Checkpoint
 from ssmcompress.checkpoint.verify import Verification
-from ssmcompress.edits import Edit, Forget, Mask, Replace, reshaping
+from ssmcompress.edits import Edit, Forget, Mask, Reduce, Replace, reshaping
 from ssmcompress.measure.glance import ON, Glance
 from ssmcompress.measure.perplexity import paired_difference
 from ssmcompress.prune.sizes import Weights, figures, weigh
@@ -37,6 +37,7 @@ def write(
     source: SourceRecord,
     edits: Sequence[Edit],
     tensors: Sequence[TensorRecord],
+    tokens: TokenRecord | None,
     calibration: dict[str, Any] | None,
     verification: Verification,
     before: Glance | None = None,
@@ -65,11 +66,14 @@ def write(
         calibration=calibration,
         tensors=tuple(tensors),
         shape=sizes,
+        tokens=tokens,
     )
+    shrunk = any(not isinstance(edit, Reduce) for edit in edits)
+    summary = [_summary(edits, checkpoint.stored, sizes, tensors)] if shrunk or tokens is None else []
     card.write(
         folder,
-        title=f"{checkpoint.source.label}, pruned",
-        summary=_summary(edits, checkpoint.stored, sizes, tensors),
+        title=f"{checkpoint.source.label}, pruned" if shrunk else f"{checkpoint.source.label}, with fewer tokens",
+        summary=" ".join([*summary, tokens.told] if tokens else summary),
         manifest=made,
         recipe=recipe.to_yaml(),
         measures=measures,
@@ -108,7 +112,7 @@ def fingerprint(edits: Sequence[Edit], weights: Mapping[str, Tensor]) -> str:
 
 def shape(arch: Arch, stored: Shards, edits: Sequence[Edit]) -> ShapeRecord | None:
     """What became of the sizes; None where nothing was removed or added."""
-    if not reshaping(edits):
+    if all(isinstance(edit, Reduce) for edit in reshaping(edits)):
         return None
     weights, surgery = weigh(stored), Surgery(arch, edits)
     before, after = (_size(each, weights) for each in (Surgery(arch, ()), surgery))

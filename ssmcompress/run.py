@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,7 +16,6 @@ from ssmcompress import record
 from ssmcompress.arch.base import mixers
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.assess import assess, foresee, made_by
-from ssmcompress.calib import data
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.output import output, write
@@ -28,21 +27,17 @@ from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.evaluate.evaluation import compute_dtype
 from ssmcompress.events import Emit, Finished, JsonLines, Note, fan, ignore
 from ssmcompress.journal import Journal
-from ssmcompress.measure import exercises
-from ssmcompress.measure.glance import Glance, glance, tell_change
+from ssmcompress.making import calibrating, dtype_of, edit, edited_by
+from ssmcompress.measure.glance import CONTEXT, Glance, glance, tell_change
 from ssmcompress.paths import expanded
-from ssmcompress.plan import coverage, forecast, tell_coverage, tell_format, tell_size
-from ssmcompress.prune.apply import find_edits
-from ssmcompress.prune.cut import cut
+from ssmcompress.plan import coverage, forecast, tell_coverage, tell_format, tell_size, tell_tokens, tokens_record
 from ssmcompress.prune.sizes import weigh
 from ssmcompress.prune.targets import written_out
-from ssmcompress.recipe import PruneOptions, Recipe, pruning
+from ssmcompress.recipe import PruneOptions, Recipe, ReduceOptions, pruning, reducing
 from ssmcompress.recipes import parse, read
-from ssmcompress.steps import Cut
+from ssmcompress.steps import ReduceTokens
 
 EDITS, EVENTS = "edits.safetensors", "events.jsonl"
-EXERCISE_TOKENS = 30  # of the shorter ones on average
-MIX_SHARE = 0.25  # of the calibration windows, where memory exercises are mixed in
 
 
 @dataclass(frozen=True)
@@ -74,6 +69,26 @@ def prune(
     Raises RecipeError or InputError for what was given, UnsupportedError for a model or module it cannot prune so.
     """
     return _compress(pruning(model, options), out, overwrite=overwrite, measure=not no_eval, emit=emit)
+
+
+def reduce_tokens(
+    model: str,
+    *,
+    out: str | Path,
+    no_eval: bool = False,
+    overwrite: bool = False,
+    emit: Emit = ignore,
+    **options: Unpack[ReduceOptions],
+) -> Result:
+    """Writes the checkpoint with a policy by which tokens of a prompt leave, loads it again and measures it.
+
+    Options, with the defaults of a recipe: method; flops 0.2, or keep; layers, else the paper's; pruned, importance,
+    merge, match_window, decay "drop" | "carry"; seed, device, dtype, backend.
+
+    Raises RecipeError or InputError for what was given, UnsupportedError for blocks the model does not have or a share
+    that cannot be saved.
+    """
+    return _compress(reducing(model, options), out, overwrite=overwrite, measure=not no_eval, emit=emit)
 
 
 def run(
@@ -111,6 +126,7 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
     source = resolve(recipe.model)
     arch, stored = headers(source)
     expected = forecast(arch, recipe.steps, weigh(stored))
+    reduced = expected.surgery.policy is not None
     origin = manifest.describe(source)
     told, key = written_out(arch, recipe.portable(source.label)), _key(recipe, origin, measure)
     with output(out, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
@@ -121,22 +137,25 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
             if not expected.stock:
                 tell_format(stock=False, emit=tell)
             checkpoint = _load(source, recipe, tell)
-            windows = _calibration(checkpoint, recipe, tell)
-            before = _look(checkpoint, recipe, tell) if measure else None
-            found, edited = _edit(checkpoint, recipe, windows, tell, journal)
+            windows = calibrating(checkpoint, recipe, tell)
+            before = _look(checkpoint, recipe, tell, reduced=reduced) if measure else None
+            found, edited = edit(checkpoint, recipe, windows, tell, journal)
             calibration = record.described(windows)
             editing.save(found, folder / EDITS, _said(told, checkpoint, found, calibration))
             zeros, verification = _write(checkpoint, edited, found, folder, recipe)
-            after = _look(_reload(folder, recipe), recipe, tell) if before is not None else None
+            after = _look(_reload(folder, recipe), recipe, tell, reduced=reduced) if before is not None else None
             if before is not None and after is not None:
                 tell_change(before, after, tell)
             tensors = coverage(checkpoint.arch, checkpoint.stored, found, recipe.steps, zeros)
             if (sizes := record.shape(checkpoint.arch, checkpoint.stored, found)) is not None:
                 tell_size(sizes.before, sizes.after, tell)
+            tokens = tokens_record(edited.arch)
+            tell_tokens(tokens, tell)
             tell_coverage(tensors, tell)
         made: dict[str, Any] = {"calibration": calibration, "verification": verification}
-        made |= {"source": origin, "edits": found, "tensors": tensors}
-        record.write(folder, "prune", checkpoint, told, before=before, after=after, **made)
+        made |= {"source": origin, "edits": found, "tensors": tensors, "tokens": tokens}
+        verb = "reduce-tokens" if all(isinstance(step, ReduceTokens) for step in recipe.steps) else "prune"
+        record.write(folder, verb, checkpoint, told, before=before, after=after, **made)
     emit(Finished(str(out)))
     return Result(Path(out), tuple(found), before, after)
 
@@ -170,13 +189,14 @@ def apply(
             checkpoint = load(source, dtype=torch.float32, backend=backend)
             require_finite(checkpoint)
             _require_same(loaded, checkpoint, tell)
-            edited = _edited(checkpoint, loaded.items)
+            edited = edited_by(checkpoint, loaded.items)
             editing.save(loaded.items, folder / EDITS, loaded.metadata)
             zeros, verification = _write(checkpoint, edited, loaded.items, folder, recipe)
             tell(Note(f"Applied {len(loaded.items)} edits."))
             tensors = coverage(checkpoint.arch, checkpoint.stored, loaded.items, recipe.steps, zeros)
         made: dict[str, Any] = {"calibration": calibration, "verification": verification}
         made |= {"source": manifest.describe(source), "edits": loaded.items, "tensors": tensors}
+        made["tokens"] = tokens_record(edited.arch)
         record.write(folder, "apply", checkpoint, recipe, **made)
     emit(Finished(str(out)))
     return Path(out)
@@ -240,87 +260,14 @@ def _reload(folder: Path, recipe: Recipe) -> Checkpoint:
     return load(str(folder), dtype=dtype, device=recipe.device, backend=recipe.backend)
 
 
-def _look(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> Glance | None:
+def _look(checkpoint: Checkpoint, recipe: Recipe, tell: Emit, *, reduced: bool) -> Glance | None:
     tokenizer = checkpoint.tokenizer
     if tokenizer is None or tokenizer.eos_token_id is None:  # what every window and probe begins with
         lacking = "a tokenizer" if tokenizer is None else "an end-of-text token in the tokenizer"
         tell(Note(f"Without {lacking} nothing is measured.", "warning"))
         return None
     require_embedded(checkpoint)
-    return glance(checkpoint.model, tokenizer, recipe.seed, tell)
-
-
-def _edit(
-    checkpoint: Checkpoint, recipe: Recipe, windows: data.Windows | None, tell: Emit, journal: Journal
-) -> tuple[list[Edit], Checkpoint]:
-    """The edits of all steps, in terms of the source, and what they make of it: the model at hand is used up."""
-    stored, ids = checkpoint.stored, None if windows is None else windows.ids.to(recipe.device)
-    if dropped := journal.calibrate("" if windows is None else windows.sha256):
-        tell(Note(f"The calibration tokens are not those of the earlier run: the layers it finished ({dropped}) go."))
-    shapes = {name: stored.shape(name) for name in stored}
-    found: list[Edit] = []
-    edited = checkpoint
-    for i, step in enumerate(recipe.steps):
-        surgery, layers = Surgery(checkpoint.arch, found), journal.step(i)
-        if layers:
-            done = sum(layer < edited.arch.layers for layer in layers)  # beside them lies a choice for all
-            tell(Note(f"Going on from an earlier run: {done} of {edited.arch.layers} layers are done."))
-        dtypes = {new: _dtype(surgery, stored, old) for new, old in surgery.names(stored).items()}
-        if isinstance(step, Cut):
-            left = weigh(stored).after(surgery)
-            made = cut(edited.model, edited.arch, step, left, ids, dtypes, recipe.seed, tell, layers)
-            edited = _edited(edited, made)
-        else:
-            made = find_edits(edited.model, edited.arch, step, ids, dtypes, tell, layers)
-        found = editing.compose(found, [surgery.lift(edit, shapes) for edit in made])
-    return found, edited
-
-
-def _dtype(surgery: Surgery, stored: Shards, name: str) -> torch.dtype:
-    """What a tensor of the source, or one that is new, is stored in."""
-    return surgery.added[name].dtype if name in surgery.added else stored.dtype(name)
-
-
-def _edited(checkpoint: Checkpoint, found: Sequence[Edit]) -> Checkpoint:
-    """What edits make of a checkpoint in memory, which is used up."""
-    editing.apply(found, dict(checkpoint.model.named_parameters()))
-    if not editing.reshaping(found):
-        return checkpoint
-    surgery = Surgery(checkpoint.arch, found)
-    return replace(checkpoint, model=surgery.operate(checkpoint.model), arch=surgery.arch)
-
-
-def _calibration(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> data.Windows | None:
-    """The tokens that statistics are taken from; None where no step needs them."""
-    if not any(step.calibrated for step in recipe.steps):
-        return None
-    wanted, seed = recipe.calibrate, recipe.seed
-    tokenizer = checkpoint.tokenizer
-    if tokenizer is None:
-        raise InputError(
-            f"{checkpoint.source.name} has no tokenizer, so there is no calibration.",
-            hint="Put its tokenizer files into the folder, or use --method magnitude.",
-        )
-    require_embedded(checkpoint)
-    share = MIX_SHARE if wanted.mix else 0.0
-    count = int(share * wanted.windows * wanted.length / EXERCISE_TOKENS) + 1
-    extra = exercises.exercise_documents(tokenizer, count, seed) if share else ()
-    found = data.windows(
-        wanted.text,
-        tokenizer,
-        count=wanted.windows,
-        length=wanted.length,
-        seed=seed,
-        split=wanted.split,
-        column=wanted.column,
-        extra=extra,
-        share=share,
-    )
-    if len(found.ids) < wanted.windows:
-        tell(
-            Note(f"The text holds {len(found.ids)} windows of {wanted.length} tokens, not {wanted.windows}.", "warning")
-        )
-    return found
+    return glance(checkpoint.model, tokenizer, recipe.seed, tell, context=CONTEXT if reduced else 0)
 
 
 def _write(
@@ -345,7 +292,7 @@ def _write(
 
     whole = surgery.shapes({name: weights.shape(name) for name in weights})
     shapes = {
-        new: torch.empty(surgery.shape(old, whole[old]), dtype=_dtype(surgery, weights, old), device="meta")
+        new: torch.empty(surgery.shape(old, whole[old]), dtype=dtype_of(surgery, weights, old), device="meta")
         for new, old in names.items()
     }
     write(edited, folder, shapes, value=value, shard_size=recipe.save.shard_size)
@@ -359,4 +306,4 @@ def _exact(checkpoint: Checkpoint, edited: Checkpoint, found: Sequence[Edit]) ->
     if all(_holds(dtype, stored.dtype(name)) for name, dtype in dtypes.items()):
         return edited.model
     backend = next(mixers(model)).backend.name
-    return _edited(load(checkpoint.source, dtype=torch.float32, device=model.device, backend=backend), found).model
+    return edited_by(load(checkpoint.source, dtype=torch.float32, device=model.device, backend=backend), found).model

@@ -1,10 +1,12 @@
-"""The steps of a recipe as data: one that sets weights to zero, and one that removes units."""
+"""The steps of a recipe as data: one sets weights to zero, one removes units, one lets tokens leave."""
 
 import re
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from ssmcompress.policy import HALVING, MATCHING, RANKING, Decay, Importance, Merge, Rule
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Scope = Literal["row", "tensor"]
@@ -197,6 +199,77 @@ class Cut(Strict):
         return self.correction != "none"
 
 
+class ReduceTokens(Strict):
+    """Lets tokens of a prompt leave after some blocks: those that a rule chooses, merged with others where it says so.
+
+    `flops` is the share of the blocks' work to be saved on a long prompt (0.2 unless told); `keep`, instead, the share
+    of tokens that stay after each of `layers`, which are the paper's unless told. `pruned`, `importance`,
+    `match_window`, `merge` and `decay` are as in the policy that is stored. Decoding is dense.
+    """
+
+    step: Literal["reduce-tokens"] = "reduce-tokens"
+    method: Rule = "utrc"
+    flops: Annotated[float, Field(gt=0, lt=1)] | None = None
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    pruned: Annotated[float, Field(ge=0, le=1)] | None = None
+    importance: Importance | None = None
+    merge: Merge | None = None
+    match_window: Annotated[int, Field(ge=1)] | None = None
+    decay: Decay = "drop"
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        numbers = value.split(",")
+        if not all(number.strip().isdecimal() for number in numbers):
+            raise ValueError("must be numbers of blocks, from 0, with commas between them (5,8,10)")
+        return tuple(map(int, numbers))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("flops") is None and values.get("keep") is None:
+            return values | {"flops": 0.2}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ReduceTokens":
+        if self.flops is not None and self.keep is not None:
+            raise ValueError(f"flops {self.flops:g} and keep {self.keep:g} exclude one another")
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers {list(self.layers)} must rise, each named once")
+        if self.method in HALVING and self.keep is not None and self.keep < 0.5:
+            raise ValueError(f"{self.method} takes at most half of the tokens at a time: keep must be at least 0.5")
+        for option, methods in (
+            ("pruned", ("utrc",)),
+            ("importance", RANKING),
+            ("merge", MATCHING),
+            ("match_window", MATCHING),
+        ):
+            if getattr(self, option) is not None and self.method not in methods:
+                raise ValueError(f"{option} has no meaning with the method {self.method}")
+        return self
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the policy takes from the step as it is; what is not told has the policy's default."""
+        told = self.model_dump(include={"method", "pruned", "importance", "merge", "match_window", "decay"})
+        return {name: value for name, value in told.items() if value is not None}
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration text: it looks at the prompt alone."""
+        return False
+
+    @property
+    def new_values(self) -> bool:
+        """Whether weights get new values."""
+        return False
+
+
 def budget(text: str) -> tuple[str, float, bool]:
     """What "params=75%", "state=50%" or "memory=500MB" bounds, the bound, and whether it is a share; ValueError."""
     found = re.fullmatch(r"(params|state|memory)=(\d+(?:\.\d+)?) ?(%|[KMGT]?B?)", text.replace(",", ""))
@@ -209,11 +282,18 @@ def budget(text: str) -> tuple[str, float, bool]:
 
 
 def _kind(step: Any) -> str:
-    named = "axis" in step if isinstance(step, dict) else isinstance(step, Cut)
-    return "cut" if named else "prune"
+    if not isinstance(step, dict):
+        return next((name for name, kind in KINDS.items() if isinstance(step, kind)), "prune")
+    if step.get("step") == "reduce-tokens":
+        return "reduce-tokens"
+    return "cut" if "axis" in step else "prune"
 
 
-Step = Annotated[Annotated[Prune, Tag("prune")] | Annotated[Cut, Tag("cut")], Discriminator(_kind)]
+Step = Annotated[
+    Annotated[Prune, Tag("prune")] | Annotated[Cut, Tag("cut")] | Annotated[ReduceTokens, Tag("reduce-tokens")],
+    Discriminator(_kind),
+]
+KINDS: dict[str, type[Strict]] = {"prune": Prune, "cut": Cut, "reduce-tokens": ReduceTokens}
 
 
 def usual_scope(method: str, module: str) -> Scope:
@@ -229,6 +309,8 @@ def beyond_defaults(step: Step) -> dict[str, Any]:
         if step.reach == "layer":
             said.pop("scope", None)
         return said | {"method": step.criterion, "correct": step.correction}
+    if isinstance(step, ReduceTokens):
+        return said
     scope = said.pop("scope", None)
     if isinstance(scope, dict):
         scope = {module: each for module, each in scope.items() if each != usual_scope(step.method, module)}
@@ -238,6 +320,6 @@ def beyond_defaults(step: Step) -> dict[str, Any]:
     return said | ({"scope": scope} if scope else {})
 
 
-def step_kind(step: Any) -> type[Prune] | type[Cut]:
-    """Which step a mapping describes: one with an axis removes units, another zeroes weights."""
-    return Cut if _kind(step) == "cut" else Prune
+def step_kind(step: Any) -> type[Strict]:
+    """Which step a mapping describes, by its name and, of those that prune, by whether it has an axis."""
+    return KINDS[_kind(step)]

@@ -14,6 +14,7 @@ from ssmcompress import kernels
 from ssmcompress.arch.axis import Axis, Slice
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.kernels.reference import PAD, step_size
+from ssmcompress.policy import KEY, TokenPolicy
 from ssmcompress.steps import SSM, WIDTH
 
 Taps = Callable[[str, Any], None]
@@ -134,6 +135,12 @@ class Arch(ABC):
         """How many states each layer's B and C have before they are taken to a basis of fewer; None: they are not."""
         return (None,) * self.layers
 
+    @property
+    def policy(self) -> TokenPolicy | None:
+        """Which tokens of a prompt leave; ValueError for a policy that cannot be read."""
+        stored = getattr(self.config, KEY, None)
+        return None if stored is None else TokenPolicy.read(stored)
+
     def additions(self, layer: int) -> dict[str, tuple[int | str | None, ...]]:
         """The tensors that edits may add to a block, with their shapes: an axis has its size, None any."""
         if self.pruned_config is None or self.biased:
@@ -146,13 +153,23 @@ class Arch(ABC):
         *,
         out_proj_bias: bool = False,
         rotated: Sequence[int | None] = (),
+        policy: TokenPolicy | None = None,
         stock: bool = False,
     ) -> PreTrainedConfig:
         """The config of this model with other sizes, a mapping a layer: a stock one where there is one that says them.
 
         `out_proj_bias` adds a bias to out_proj alone; `rotated` is as the property, for the layers that are left.
-        UnsupportedError where no config says it, or with `stock` no stock one.
+        Any config can hold a policy. UnsupportedError where no config says it, or with `stock` no stock one.
         """
+        config = self._sized(sizes, out_proj_bias, rotated, stock)
+        vars(config).pop(KEY, None)
+        if policy is not None:
+            setattr(config, KEY, policy.model_dump(mode="json"))
+        return config
+
+    def _sized(
+        self, sizes: Sequence[Mapping[str, int]], out_proj_bias: bool, rotated: Sequence[int | None], stock: bool
+    ) -> PreTrainedConfig:
         bias = self.out_proj_bias or (out_proj_bias and not self.config.use_bias)
         try:
             if bias:
@@ -355,6 +372,22 @@ def decay(A_log: Tensor) -> Tensor:
 def hold(dt: Tensor, mask: Tensor | None) -> Tensor:
     """The dt [B, L, …] that makes padded positions pass the state through untouched."""
     return silence(dt, mask, PAD)
+
+
+def stride(
+    dt: Tensor, B: Tensor, strides: Tensor | None, bias: Tensor | None, limit: tuple[float, float] = (0.0, float("inf"))
+) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """dt [B, L, H], B [B, L, …] and limit with which a state decays `strides` [B, L] times over a token, read in once.
+
+    Its step Δ is so many times as long, and B so much smaller: Δ B x stays.
+    """
+    if strides is None:
+        return dt, B, limit
+    times = strides.to(dt.dtype)
+    steps = step_size(dt, bias, limit) * times[..., None]
+    longer = steps + torch.log(-torch.expm1(-steps)) - (0 if bias is None else bias)  # softplus, undone
+    longer = torch.where(steps > 0, longer, PAD).to(dt.dtype)
+    return longer, B / times.view(*times.shape, *(1,) * (B.dim() - 2)), (0.0, float("inf"))
 
 
 def adopt(blocks: nn.ModuleList, *kinds: type[Mixer]) -> None:

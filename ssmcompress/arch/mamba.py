@@ -12,7 +12,8 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba as stock_falc
 from transformers.models.mamba import modeling_mamba as stock
 
 from ssmcompress.arch.axis import Axis, Slice
-from ssmcompress.arch.base import Arch, Mixer, Scan, adopt, decay, hold, real_positions, silence
+from ssmcompress.arch.backbone import Backbone
+from ssmcompress.arch.base import Arch, Mixer, Scan, adopt, decay, hold, real_positions, silence, stride
 from ssmcompress.arch.modeling_ssmcompress import PrunedMambaConfig
 
 
@@ -24,6 +25,7 @@ class _SelectiveMixer(Mixer):
         hidden_states: Tensor,
         cache_params: Cache | None = None,
         attention_mask: Tensor | None = None,
+        strides: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Hidden states [B, L, d] → [B, L, d]; the cache, where given, is read and brought up to date."""
@@ -39,6 +41,7 @@ class _SelectiveMixer(Mixer):
         dt, B, C = self._normalise(*self.x_proj(x).split(sizes, dim=-1))
         self.tap("dt_proj", dt)
         dt = hold(F.linear(dt, cast(Tensor, self.dt_proj.weight)), mask)
+        dt, B, _ = stride(dt, B, strides, cast(Tensor, self.dt_proj.bias))
         y = self._scan(x, dt, B, C, z, state, cache_params)
         self.tap("out_proj", y)
         return self.out_proj(y)
@@ -77,12 +80,25 @@ class FalconMambaMixer(_SelectiveMixer, stock_falcon.FalconMambaMixer):
         return self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
 
 
+class MambaModel(Backbone, stock.MambaModel):
+    """Stock `MambaModel` whose prompts may lose tokens."""
+
+    output_type = stock.MambaOutput
+
+
+class FalconMambaModel(Backbone, stock_falcon.FalconMambaModel):
+    """Stock `FalconMambaModel` whose prompts may lose tokens."""
+
+    output_type = stock_falcon.FalconMambaOutput
+
+
 class MambaForCausalLM(stock.MambaForCausalLM):
     """Stock `MambaForCausalLM` with our mixer in every block."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         adopt(self.backbone.layers, MambaMixer)
+        self.backbone.__class__ = MambaModel
 
 
 class FalconMambaForCausalLM(stock_falcon.FalconMambaForCausalLM):
@@ -91,6 +107,7 @@ class FalconMambaForCausalLM(stock_falcon.FalconMambaForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         adopt(self.backbone.layers, FalconMambaMixer)
+        self.backbone.__class__ = FalconMambaModel
 
 
 class Mamba(Arch):

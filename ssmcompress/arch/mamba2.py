@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
 from ssmcompress.arch.axis import Axis, Slice
-from ssmcompress.arch.base import ROTATION, Arch, Mixer, Scan, adopt, decay, hold, real_positions, silence
+from ssmcompress.arch.backbone import Backbone
+from ssmcompress.arch.base import ROTATION, Arch, Mixer, Scan, adopt, decay, hold, real_positions, silence, stride
 from ssmcompress.arch.modeling_ssmcompress import PrunedMamba2Config
 from ssmcompress.errors import UnsupportedError
 
@@ -25,6 +26,7 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
         cache_params: Cache | None = None,
         attention_mask: Tensor | None = None,
         padding: Tensor | None = None,
+        strides: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Hidden states [B, L, d] → [B, L, d]; the cache, where given, is read and brought up to date."""
@@ -36,21 +38,23 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
         xBC = silence(xBC, mask)
         self.tap("conv1d", xBC)
         xBC = silence(self.convolve(xBC, left, cache_params, mask), mask)
-        y = self._scan(xBC, hold(dt, mask), state, cache_params)
+        y = self._scan(xBC, hold(dt, mask), state, cache_params, strides)
         if self.taps is not None:
             self.tap("norm", y * F.silu(z))
         y = self.norm(y, z)
         self.tap("out_proj", y)
         return self.out_proj(y)
 
-    def _scan(self, xBC: Tensor, dt: Tensor, state: Tensor | None, cache: Cache | None) -> Tensor:
+    def _scan(
+        self, xBC: Tensor, dt: Tensor, state: Tensor | None, cache: Cache | None, strides: Tensor | None
+    ) -> Tensor:
         batch, length, _ = xBC.shape
         grouped = self.n_groups * self.ssm_state_size
         x, B, C = xBC.split([self.intermediate_size, grouped, grouped], dim=-1)
         x = x.view(batch, length, self.num_heads, self.head_dim)
         B, C = self._basis(*(t.view(batch, length, self.n_groups, self.ssm_state_size) for t in (B, C)))
         A = decay(self.A_log)
-        limit = cast(tuple[float, float], tuple(self.time_step_limit))
+        dt, B, limit = stride(dt, B, strides, self.dt_bias, cast(tuple[float, float], tuple(self.time_step_limit)))
         self.tap("scan", Scan(x, dt, A[:, None], B, C, self.dt_bias, limit))
         if self.steps(state, x, cache):
             y = self.backend.ssd_step(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, self.dt_bias, limit)[
@@ -69,12 +73,14 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
         return B, C
 
 
-class Mamba2Model(stock.Mamba2Model):
-    """Stock `Mamba2Model` that keeps the mask of a single token too, which may be padding."""
+class Mamba2Model(Backbone, stock.Mamba2Model):
+    """Stock `Mamba2Model` whose prompts may lose tokens, and whose single tokens may be padding."""
 
-    def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The stock forward; every mixer is handed the mask as it came."""
-        return super().forward(*args, attention_mask=attention_mask, padding=attention_mask, **kwargs)
+    output_type = stock.Mamba2Output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Every mixer is handed the mask as it came."""
+        return super().forward(*args, **kwargs, padding=kwargs.get("attention_mask"))
 
 
 class Mamba2ForCausalLM(stock.Mamba2ForCausalLM):

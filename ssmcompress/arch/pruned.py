@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ssmcompress.arch import modeling_ssmcompress as modeling
 from ssmcompress.arch.base import Arch, adopt
 from ssmcompress.arch.gated import GatedMixer, GatedMixer2
-from ssmcompress.arch.mamba import Mamba, MambaMixer
+from ssmcompress.arch.mamba import Mamba, MambaMixer, MambaModel
 from ssmcompress.arch.mamba2 import Mamba2, Mamba2Mixer, Mamba2Model
 
 CODE = Path(modeling.__file__)  # what must lie beside the weights, so that they load without this package
@@ -27,6 +27,7 @@ class PrunedMambaForCausalLM(modeling.PrunedMambaForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         adopt(self.backbone.layers, MambaMixer, GatedMixer)
+        self.backbone.__class__ = MambaModel
 
 
 class RotatedMamba2Mixer(Mamba2Mixer, modeling.RotatedMamba2Mixer):

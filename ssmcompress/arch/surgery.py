@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ssmcompress.arch.axis import Axis
 from ssmcompress.arch.base import BIAS, ROTATION, Arch, mixers, use_backend
 from ssmcompress.arch.registry import arch_for
-from ssmcompress.edits import Add, Edit, Keep, Mask, Replace
+from ssmcompress.edits import Add, Edit, Keep, Mask, Reduce, Replace
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.steps import LAYER, SSM, WHOLE, WIDTH
 
@@ -39,6 +39,7 @@ class Surgery:
         self.layers = [layer for layer in range(arch.layers) if blocks[layer]]
         self.width = int(kept[WIDTH].sum()) if WIDTH in kept else arch.width
         self.silent = {layer for layer in self.layers if arch.has_scan(layer) and not scans[layer]}
+        self.policy = next((edit.policy for edit in reversed(edits) if isinstance(edit, Reduce)), arch.policy)
         self._check_added()
 
     @cached_property
@@ -57,7 +58,9 @@ class Surgery:
             elif basis is not None:
                 rotated[new], sizes[new]["state"] = sizes[new]["state"], basis.shape[1]
         bias = any(name.endswith(BIAS) for name in self.added)
-        return arch_for(self.source.narrowed(self.width).resized(sizes, out_proj_bias=bias, rotated=rotated))
+        policy = self.policy and self.policy.within(self.layers)
+        narrow = self.source.narrowed(self.width)
+        return arch_for(narrow.resized(sizes, out_proj_bias=bias, rotated=rotated, policy=policy))
 
     def names(self, tensors: Iterable[str]) -> dict[str, str]:
         """New name → name, of the tensors that stay, in their order, and of those that are new."""
@@ -103,6 +106,9 @@ class Surgery:
         """
         if isinstance(edit, Keep):
             return self._lift_units(edit)
+        if isinstance(edit, Reduce):
+            layers = tuple(self.layers[layer] for layer in edit.policy.layers)
+            return Reduce(edit.policy.model_copy(update={"layers": layers}))
         whole = edit.keep if isinstance(edit, Mask) else edit.values
         if isinstance(edit, Add):
             name, shape = self._whole(edit)

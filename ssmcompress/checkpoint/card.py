@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from ssmcompress.checkpoint.manifest import Manifest, ShapeRecord, TensorRecord
+from ssmcompress.checkpoint.manifest import Manifest, ShapeRecord, TensorRecord, TokenRecord
 from ssmcompress.checkpoint.source import Source
 from ssmcompress.events import number
 
@@ -26,8 +26,10 @@ OWN = (
     "here, does; transformers runs it only with `trust_remote_code=True`. It needs torch and transformers, nothing "
     "else. `ssmcompress` itself has no need of it, and runs no code from a folder."
 )
-
-
+IGNORED = (
+    "Only ssmcompress lets tokens leave, by the token_policy in config.json: stock transformers reads every token, and "
+    "gives the numbers of the model without the policy."
+)
 NUMBER = r"\d+"
 
 
@@ -60,6 +62,7 @@ def write(
         summary,
         _measured(measures, measured_on),
         _shape(manifest.shape),
+        _tokens(manifest.tokens),
         _coverage(manifest),
         _loading(manifest, loaders),
         f"## Recipe\n\n```yaml\n{recipe.strip()}\n```" if recipe else "",
@@ -109,6 +112,7 @@ def _spanned(texts: Sequence[str]) -> str:
 def _front_matter(manifest: Manifest, license: str | None, *, stock: bool) -> str:
     pruned = manifest.shape is not None or any(each.status in ("pruned", "memoryless") for each in manifest.tensors)
     tags = ["ssmcompress", "state-space-model", "mamba", *(["pruned"] if pruned else [])]
+    tags += ["token-reduction"] if manifest.tokens else []
     fields = ModelCardData(
         base_model=manifest.source.name.partition("@")[0] if manifest.source.revision else None,
         library_name="transformers" if stock else "ssmcompress",
@@ -140,6 +144,17 @@ def _shape(shape: ShapeRecord | None) -> str:
     told = "; ".join(f"{axis}s {', '.join(map(str, sizes))}" for axis, sizes in spread.items())
     table = _table(("", "before", "after"), rows)
     return "\n\n".join(part for part in ("## Size", table, f"Layer by layer: {told}." if told else "") if part)
+
+
+def _tokens(tokens: TokenRecord | None) -> str:
+    if tokens is None:
+        return ""
+    details = (
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in tokens.policy.model_dump(exclude={"version", "method", "layers", "keep", "special"}).items()
+    )
+    every = f"The policy: {', '.join(details)}. Tokens that are predicted, special ones and the last never leave."
+    return "\n\n".join(("## Tokens", f"{tokens.told} {IGNORED}", every))
 
 
 def _coverage(manifest: Manifest) -> str:

@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ssmcompress.arch.registry import PRUNED
 from ssmcompress.errors import InputError, UnsupportedError
+from ssmcompress.policy import KEY
 
 EMBEDDING = {"mamba_ssm": "backbone.embedding.weight", "hf": "backbone.embeddings.weight"}
 HEAD = "lm_head.weight"
@@ -96,6 +97,11 @@ def original_config(config: PreTrainedConfig) -> dict[str, Any]:
             hint="Its blocks differ in size, or in more than mamba-ssm can say: leave it in the Hugging Face layout."
             if config.model_type in PRUNED
             else "",
+        )
+    if getattr(config, KEY, None) is not None:
+        raise UnsupportedError(
+            "mamba-ssm knows no token reduction: in its layout the policy would be lost.",
+            hint="Leave it in the Hugging Face layout, or convert the model that the policy was put on.",
         )
     if config.layer_norm_epsilon != NORM_EPSILON:
         raise _inexpressible("layer_norm_epsilon", config.layer_norm_epsilon, str(NORM_EPSILON), "mamba-ssm")

@@ -5,6 +5,7 @@ It holds no times and no paths, so that the same run writes the same bytes.
 
 import contextlib
 import hashlib
+import json
 import math
 import platform
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from ssmcompress.checkpoint.shards import Shards, read_json
 from ssmcompress.checkpoint.source import Source
 from ssmcompress.checkpoint.verify import Verification
 from ssmcompress.errors import InputError
+from ssmcompress.policy import KEY, TokenPolicy
 
 NAME = "ssmcompress.json"
 UNHASHED = (NAME, "README.md", "events.jsonl", "measured.json")  # itself, what is written from it, what holds times
@@ -130,6 +132,22 @@ class ShapeRecord(Record):
         return {axis: pair for axis, pair in pairs.items() if pair[0] != pair[1]}
 
 
+class TokenRecord(Record):
+    """How tokens of a prompt leave, and the share of the blocks' work on a long one that this saves."""
+
+    policy: TokenPolicy
+    flops_reduction: float
+
+    @property
+    def told(self) -> str:
+        """In a sentence."""
+        policy, places = self.policy, ", ".join(map(str, self.policy.layers))
+        return (
+            f"While a prompt is read {1 - policy.keep:.1%} of its tokens leave after each of the blocks {places}, by"
+            f" the rule {policy.method}: {self.flops_reduction:.1%} of the blocks' work on a long one is saved."
+        )
+
+
 class VerificationRecord(Record):
     """Largest relative difference of the float32 logits after loading from disk, by loader; None: not tried.
 
@@ -157,6 +175,7 @@ class Manifest(Record):
     calibration: CalibrationRecord | None = None
     tensors: tuple[TensorRecord, ...] = ()
     shape: ShapeRecord | None = None
+    tokens: TokenRecord | None = None
     verification: VerificationRecord | None = None
     files: dict[str, str] = {}
 
@@ -190,6 +209,8 @@ def describe(source: Source, adapter: Adapter | None = None) -> SourceRecord:
     """The record of a source; reads its weight files, and those of an adapter, once for their hashes."""
     hashes = {file: sha256(source.folder / file) for file in Shards(source.folder).weight_files}
     hashes |= {path.name: sha256(path) for path in (adapter.files if adapter else ())}
+    if policy := getattr(source.config(), KEY, None):  # which no weight file tells
+        hashes[KEY] = hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()
     return SourceRecord(name=source.label, revision=source.revision, layout=source.layout, sha256=hashes)
 
 

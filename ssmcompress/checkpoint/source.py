@@ -27,6 +27,8 @@ from ssmcompress.checkpoint.adapter import Adapter, attach, find
 from ssmcompress.checkpoint.shards import Shards, read_json
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.paths import expanded
+from ssmcompress.policy import KEY
+from ssmcompress.tokens.selection import install
 
 Layout = Literal["hf", "mamba_ssm"]
 LAYER = re.compile(r"backbone\.layers\.(\d+)\.")
@@ -77,6 +79,13 @@ class Source:
                 f"{path} gives hidden_act as {config.hidden_act!r}, an activation there is not.",
                 hint=f"Did you mean {near[0]!r}?" if near else "Mamba's is 'silu'.",
             )
+        try:
+            family(config.model_type)(config).policy  # noqa: B018
+        except ValueError as error:
+            raise InputError(
+                f"{path} gives a {KEY} that this version cannot follow: {error}.",
+                hint="Every token would be read, and its figures would not be this model's: take the key out for that.",
+            ) from None
         config.rescale_prenorm_residual = False
         vars(config).pop("auto_map", None)  # code beside a checkpoint is never run, and never passed on
         return config
@@ -175,6 +184,7 @@ def load(
     if found is not None:
         attach(loaded, arch, found)
     use_backend(loaded, kernels.choose(backend))
+    install(loaded, arch.policy)
     return Checkpoint(loaded, tokenizer, arch, source, weights, found)
 
 
@@ -202,6 +212,15 @@ def require_embedded(checkpoint: Checkpoint, ids: Iterable[int] = ()) -> None:
             f"The tokenizer of {checkpoint.source.name} gives the token {largest}; the model knows {rows}, from 0 on.",
             hint="It is the tokenizer of another model: put the right one's files into the folder.",
         )
+
+
+def special_ids(checkpoint: Checkpoint) -> set[int]:
+    """Ids of tokens that stand for no text: the tokenizer's, or where there is none those that the config names."""
+    if checkpoint.tokenizer is not None:
+        return {*checkpoint.tokenizer.all_special_ids}
+    config = checkpoint.model.config
+    named = (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
+    return {index for index in named if index is not None}
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from ssmcompress.measure.exercises import Vocabulary
 from ssmcompress.measure.perplexity import Perplexity, paired_difference, perplexity
 
 ON = "the first 512 tokens of each of 62 Wikipedia pages (the test split of WikiText-2)"
+CONTEXT = 256  # of the 512, where tokens may leave: a prompt that is read and not scored
 COPIES, LOOKUPS = 64, 256  # items of the probes: a few seconds, and errors of some percent
 
 
@@ -32,9 +33,9 @@ class Glance:
         return self.likelihood.to_dict() | {"recall": [probe.to_dict() for probe in self.memory]}
 
 
-def glance(model: nn.Module, tokenizer: Any, seed: int = 0, emit: Emit = ignore) -> Glance:
-    """Looks at a model once."""
-    likelihood = perplexity(model, tokenizer, text.documents(), windows=1, emit=emit)
+def glance(model: nn.Module, tokenizer: Any, seed: int = 0, emit: Emit = ignore, *, context: int = 0) -> Glance:
+    """Looks at a model once; the first `context` tokens of each page are read and not scored."""
+    likelihood = perplexity(model, tokenizer, text.documents(), windows=1, context=context, emit=emit)
     try:
         words = Vocabulary.of(tokenizer)
     except UnsupportedError as error:

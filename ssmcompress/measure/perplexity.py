@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ssmcompress.arch.backbone import protect
 from ssmcompress.errors import InputError
 from ssmcompress.events import Advance, Emit, Note, Phase, ignore
 
@@ -51,6 +52,7 @@ def perplexity(
     *,
     length: int = 512,
     windows: int | None = None,
+    context: int = 0,
     batch: int = 8,
     seed: int = 0,
     emit: Emit = ignore,
@@ -58,6 +60,8 @@ def perplexity(
     """Scores every byte of every document once, in fixed windows of `length` tokens; at most `windows` of a document.
 
     Each window is read after one end-of-text token: its first token counts too, and windows are independent.
+    With `context` the first so many tokens of a window are read and not scored; of these alone tokens may leave, where
+    the model lets them. Windows that hold no more are left out.
     Raises InputError for text that holds no token.
     """
     start = tokenizer.eos_token_id
@@ -66,29 +70,37 @@ def perplexity(
             "The tokenizer has no end-of-text token to start a window with.",
             hint="Set eos_token in its tokenizer_config.json.",
         )
-    parts: list[list[int]] = []
+    parts: list[tuple[list[int], int]] = []
     owner: list[int] = []
     sizes: list[tuple[int, int, str]] = []
     for text in documents:
         ids = _whole(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], windows and windows * length)
-        if ids:
-            cut = [ids[i : i + length] for i in range(0, len(ids), length)]
-            owner += [len(sizes)] * len(cut)
-            parts += cut
-            scored = (tokenizer.decode(ids) if windows else text).encode()
-            sizes.append((len(ids), len(scored), hashlib.sha256(scored).hexdigest()))
+        cut = [ids[i : i + length] for i in range(0, len(ids), length)]
+        heads = [len(_whole(tokenizer, part, context)) for part in cut]
+        tails = [part[head:] for part, head in zip(cut, heads, strict=True) if len(part) > head]
+        if tails:
+            owner += [len(sizes)] * len(tails)
+            parts += [(part, head) for part, head in zip(cut, heads, strict=True) if len(part) > head]
+            whole = tokenizer.decode(ids) if windows else text
+            scored = ("".join(map(tokenizer.decode, tails)) if context else whole).encode()
+            sizes.append((sum(map(len, tails)), len(scored), hashlib.sha256(scored).hexdigest()))
     if not parts:
-        raise InputError("The evaluation text holds no token.", hint="Give a text file with something in it.")
+        lacking = f"no window of more than {context} tokens" if context else "no token"
+        raise InputError(f"The evaluation text holds {lacking}.", hint="Give a text file with more in it.")
     nats = np.zeros(len(sizes))
     device = next(model.parameters()).device
     # windows of one length share a batch, so that nothing is padded and no row depends on its batch
-    order = sorted(range(len(parts)), key=lambda i: (-len(parts[i]), i))
+    order = sorted(range(len(parts)), key=lambda i: (-len(parts[i][0]), i))
     emit(Phase("perplexity", len(parts)))
     for group in _groups(order, parts, batch):
-        rows = torch.tensor([[start, *parts[i]] for i in group], device=device)
-        logits = model(rows[:, :-1], use_cache=False).logits.float()
+        rows = torch.tensor([[start, *parts[i][0]] for i in group], device=device)
+        read = torch.tensor([parts[i][1] for i in group], device=device)
+        scored = torch.arange(rows.shape[1] - 1, device=device) >= read[:, None]
+        with protect(model, scored):
+            logits = model(rows[:, :-1], use_cache=False).logits.float()
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-        for i, loss in zip(group, losses.double().view(rows.shape[0], -1).sum(1).tolist(), strict=True):
+        losses = losses.double().view_as(scored).masked_fill(~scored, 0.0)
+        for i, loss in zip(group, losses.sum(1).tolist(), strict=True):
             nats[owner[i]] += loss
         emit(Advance(len(group)))
     if len(sizes) == 1:
@@ -141,10 +153,10 @@ def _whole(tokenizer: Any, ids: list[int], most: int | None) -> list[int]:
     return ids[: end or most]
 
 
-def _groups(order: list[int], parts: list[list[int]], batch: int) -> list[list[int]]:
+def _groups(order: list[int], parts: list[tuple[list[int], int]], batch: int) -> list[list[int]]:
     groups: list[list[int]] = []
     for i in order:
-        if groups and len(groups[-1]) < batch and len(parts[groups[-1][0]]) == len(parts[i]):
+        if groups and len(groups[-1]) < batch and len(parts[groups[-1][0]][0]) == len(parts[i][0]):
             groups[-1].append(i)
         else:
             groups.append([i])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ssmcompress.arch.backbone import protect
 from ssmcompress.measure.exercises import Exercise, Vocabulary, copying, key_value
 from ssmcompress.measure.interval import accuracy_interval
 
@@ -63,8 +64,8 @@ def copy_probe(model: nn.Module, vocabulary: Vocabulary, length: int, items: int
     rng = _generator(seed, 1, length)
     rows = _rows(vocabulary, [copying(vocabulary, length, rng) for _ in range(items)])
     right, logp = [], []
-    for ids, logits in _batches(model, rows, batch):
-        asked = length + 1
+    asked = length + 1
+    for ids, logits in _batches(model, rows, asked, batch):
         scores = logits[:, asked : asked + length].log_softmax(-1)
         gold = ids[:, asked + 1 : asked + 1 + length]
         right.append((scores.argmax(-1) == gold).float().mean(1))
@@ -79,8 +80,8 @@ def key_value_probe(
     rng = _generator(seed, 2, pairs)
     rows = _rows(vocabulary, [key_value(vocabulary, pairs, 1, rng) for _ in range(items)])
     right, logp = [], []
-    for ids, logits in _batches(model, rows, batch):
-        asked = 3 * pairs + 3
+    asked = 3 * pairs + 3
+    for ids, logits in _batches(model, rows, asked, batch):
         scores = logits[:, asked].log_softmax(-1)
         gold = ids[:, asked + 1, None]
         among = scores.gather(-1, ids[:, 2 : 3 * pairs + 1 : 3])
@@ -96,11 +97,14 @@ def _rows(vocabulary: Vocabulary, exercises: list[Exercise]) -> np.ndarray:
 
 
 @torch.no_grad()
-def _batches(model: nn.Module, rows: np.ndarray, batch: int):  # type: ignore[no-untyped-def]
+def _batches(model: nn.Module, rows: np.ndarray, asked: int, batch: int):  # type: ignore[no-untyped-def]
+    """Ids and logits; tokens from `asked` on do not leave."""
     device = next(model.parameters()).device
     for ids in torch.from_numpy(rows).long().split(batch):
         ids = ids.to(device)
-        yield ids, model(ids, use_cache=False).logits.float()
+        with protect(model, (torch.arange(ids.shape[1], device=device) >= asked).expand_as(ids)):
+            logits = model(ids, use_cache=False).logits.float()
+        yield ids, logits
 
 
 def _summary(

@@ -8,7 +8,7 @@ from ssmcompress.arch.base import DECAYS, Arch
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.prune.masks import parse_pattern
 from ssmcompress.recipe import Recipe
-from ssmcompress.steps import SPARSESSM, Cut, Prune, Step, usual_scope
+from ssmcompress.steps import SPARSESSM, Cut, Prune, ReduceTokens, Step, usual_scope
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def written_out(arch: Arch, recipe: Recipe) -> Recipe:
 def _written_out(arch: Arch, step: Step) -> Step:
     if isinstance(step, Cut):
         return step.model_copy(update={"method": step.criterion, "correct": step.correction, "scope": step.reach})
-    if step.pattern or step.grouped or isinstance(step.scope, str):
+    if isinstance(step, ReduceTokens) or step.pattern or step.grouped or isinstance(step.scope, str):
         return step
     scopes = {name: target.scope for name, target in targets(arch, step).items()} | (step.scope or {})
     plain = step.scope is None and set(scopes.values()) == {"tensor"}

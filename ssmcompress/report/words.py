@@ -5,7 +5,7 @@ from ssmcompress.events import UNITS, number
 from ssmcompress.recipe import Recipe
 from ssmcompress.report.checkpoints import Made
 from ssmcompress.report.measures import Change, Figure
-from ssmcompress.steps import SPARSESSM, Cut, Prune, Step
+from ssmcompress.steps import SPARSESSM, Cut, Prune, ReduceTokens, Step
 
 METHODS = {
     "wanda": "WANDA",
@@ -81,6 +81,8 @@ def sentences(made: Made) -> list[str]:
 def _brief(step: Step) -> str:
     if isinstance(step, Cut):
         return f"{step.axis}s by {step.criterion}, {_amount(step)}"
+    if isinstance(step, ReduceTokens):
+        return f"tokens by {step.method}, {_saving(step)}"
     much = step.pattern or (f"{step.sparsity:.0%}" if step.sparsity is not None else "")
     much += " and ratios by module" if step.modules else ""
     where = " by row" if step.scope == "row" else ""
@@ -90,6 +92,9 @@ def _brief(step: Step) -> str:
 def _sentence(step: Step) -> str:
     if isinstance(step, Cut):
         return f"Of the {step.axis}s, {_amount(step)} stay, chosen by {step.criterion}; the others are removed."
+    if isinstance(step, ReduceTokens):
+        after = f"after blocks {', '.join(map(str, step.layers))}" if step.layers else "after some blocks"
+        return f"While a prompt is read tokens leave {after}, chosen by {step.method}: {_saving(step)}."
     names = tuple(name for name in step.include if name != DECAYS)
     if step.method in SPARSESSM or (step.include and not names):
         return _forgets(step)
@@ -118,6 +123,10 @@ def _zeroes(step: Prune, what: str) -> str:
     else:
         where = f"scores compete within each {step.scope or 'tensor'}"
     return f"{_method(step)} sets {share} of {what} to zero{others}; {where}."
+
+
+def _saving(step: ReduceTokens) -> str:
+    return f"{step.flops:.0%} of the work saved" if step.flops else f"{step.keep:.0%} stay each time"
 
 
 def _amount(step: Cut) -> str:

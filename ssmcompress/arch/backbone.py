@@ -1,0 +1,205 @@
+"""The blocks in turn, and the port between them: tokens of a prompt may leave after a block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import ModelOutput
+
+from ssmcompress.arch.base import Mixer, Scan
+from ssmcompress.errors import UnsupportedError
+
+GONE = -1  # the position of padding
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a batch between a mixer and the residual sum, each row's last one at the end.
+
+    output and residual [B, L, d], positions [B, L] in the prompt (-1: padding), free [B, L] bool: those that may leave;
+    scan is what the mixer's scan took in, where it was asked for.
+    """
+
+    output: Tensor
+    residual: Tensor
+    positions: Tensor
+    free: Tensor
+    scan: Scan | None = None
+
+
+class Select(Protocol):
+    """Which tokens go on (`ssmcompress.tokens`)."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks after which it is asked."""
+
+    @property
+    def special(self) -> tuple[int, ...]:
+        """Ids of tokens that never leave."""
+
+    @property
+    def watches(self) -> bool:
+        """Whether it looks into the scan."""
+
+    @property
+    def carries(self) -> bool:
+        """Whether a token takes over the decay of those that left before it."""
+
+    def __call__(self, layer: int, tokens: Tokens) -> Tokens:
+        """The tokens that go on, in their order."""
+
+
+class Backbone(nn.Module):
+    """A stock backbone whose prompts may lose tokens on the way; without `select` it is the stock one.
+
+    With `select`, a prompt comes out as long as it went in: the positions of tokens that left hold NaN, so that nobody
+    takes them for a prediction, and padding holds zeros. Decoding is dense.
+    """
+
+    select: Select | None = None
+    protected: Tensor | None = None  # [B, L] bool: more tokens that must not leave (`protect`)
+    kept: tuple[Tensor, ...] = ()  # of the last prompt: positions [B, L] before each block and after the last
+    output_type: type[ModelOutput]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Ids [B, L] or embeddings [B, L, d] → hidden states [B, L, d]."""
+        if self.select is None or (cache_params is not None and cache_params.has_previous_state()):
+            return super().forward(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                cache_params=cache_params,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+        if output_hidden_states:
+            raise UnsupportedError("A model that reduces tokens has no hidden states of one length.")
+        hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = cast(Any, self.config).use_cache and not self.training
+        if use_cache and cache_params is None:
+            cache_params = DynamicCache(config=cast(Any, self.config))
+        positions = _positions(hidden, attention_mask)
+        hidden = self._reduced(hidden, positions, self._free(input_ids, positions), cache_params)
+        found = self.output_type(last_hidden_state=hidden, cache_params=cache_params if use_cache else None)
+        return found if return_dict is None or return_dict else found.to_tuple()
+
+    def _free(self, ids: Tensor | None, positions: Tensor) -> Tensor:
+        """Which tokens may leave [B, L]: neither padding, nor each row's last, nor special, nor protected."""
+        free = (positions != GONE) & (positions < positions.amax(1, keepdim=True))
+        special = cast(Select, self.select).special
+        if ids is not None and special:
+            free &= ~torch.isin(ids, torch.tensor(special, device=ids.device))
+        return free if self.protected is None else free & ~self.protected
+
+    def _reduced(self, hidden: Tensor, positions: Tensor, free: Tensor, cache: Cache | None) -> Tensor:
+        """What comes out of the blocks and the last norm, [B, L, d], laid back to where it came from."""
+        select, start, kept = cast(Select, self.select), positions, [positions]
+        for layer, block in enumerate(cast(Any, self.layers)):
+            real = positions != GONE
+            mask = None if bool(real.all()) else real
+            strides = _strides(positions) if select.carries and positions is not start else None
+            watched = select.watches and layer in select.layers
+            residual = hidden.float() if block.residual_in_fp32 else hidden
+            with _watch(block.mixer, watched) as seen:
+                output = block.mixer(
+                    block.norm(hidden.to(block.norm.weight.dtype)),
+                    cache_params=cache,
+                    attention_mask=mask,
+                    strides=strides,
+                )
+            if layer in select.layers:
+                tokens = select(layer, Tokens(output, residual, positions, free, seen.get("scan")))
+                output, residual, positions, free = tokens.output, tokens.residual, tokens.positions, tokens.free
+            kept.append(positions)
+            hidden = residual + output
+        self.kept = tuple(kept)
+        return _laid_back(self.norm_f(hidden), positions, start)
+
+
+@contextmanager
+def protect(model: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """Keeps tokens [B, L] bool of the prompts inside from leaving: those whose predictions are wanted."""
+    if not reduces(model):
+        yield
+        return
+    backbone = cast(Any, model).backbone
+    backbone.protected = tokens
+    try:
+        yield
+    finally:
+        backbone.protected = None
+
+
+@contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Lets every token stay inside."""
+    if not reduces(model):
+        yield
+        return
+    backbone = cast(Any, model).backbone
+    select, backbone.select = backbone.select, None
+    try:
+        yield
+    finally:
+        backbone.select = select
+
+
+def reduces(model: nn.Module) -> bool:
+    """Whether prompts lose tokens on their way through a model."""
+    return getattr(getattr(model, "backbone", None), "select", None) is not None
+
+
+def _positions(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Where each token stands [B, L], -1 for padding."""
+    batch, length, _ = hidden.shape
+    positions = torch.arange(length, device=hidden.device).expand(batch, length)
+    return positions if mask is None else positions.masked_fill(~mask.bool(), GONE)
+
+
+def _strides(positions: Tensor) -> Tensor:
+    """How many tokens of the prompt each stands for: itself and those that left just before it, [B, L]."""
+    before = torch.cat([torch.full_like(positions[:, :1], GONE), positions[:, :-1]], dim=1)
+    return torch.where(before == GONE, 1, positions - before)
+
+
+@contextmanager
+def _watch(mixer: Mixer, watched: bool) -> Iterator[dict[str, Any]]:
+    """What the taps of a mixer see inside."""
+    seen: dict[str, Any] = {}
+    if not watched:
+        yield seen
+        return
+    taps = mixer.taps
+    mixer.taps = seen.__setitem__
+    try:
+        yield seen
+    finally:
+        mixer.taps = taps
+
+
+def _laid_back(hidden: Tensor, positions: Tensor, start: Tensor) -> Tensor:
+    """Hidden states of the tokens that are left [B, l, d] at their places in the prompts [B, L, d]."""
+    batch, length = start.shape
+    if positions is start:
+        return hidden
+    whole = hidden.new_full((batch, length + 1, hidden.shape[2]), float("nan"))
+    places = positions.where(positions != GONE, length)[..., None].expand_as(hidden)
+    return whole.scatter(1, places, hidden)[:, :length].masked_fill((start == GONE)[..., None], 0.0)

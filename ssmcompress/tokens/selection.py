@@ -1,0 +1,102 @@
+"""A policy at work on the port between blocks (`arch.backbone`): each row by itself, whatever its batch and padding."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ssmcompress.arch.backbone import GONE, Tokens
+from ssmcompress.arch.base import Scan
+from ssmcompress.policy import WATCHING, TokenPolicy
+from ssmcompress.tokens.rules import RULES, Removal, Row
+from ssmcompress.tokens.schedule import removable
+
+
+class Selection:
+    """Lets tokens leave by a policy, and merges them where it says so."""
+
+    def __init__(self, policy: TokenPolicy) -> None:
+        self.policy = policy
+        self.layers, self.special = policy.layers, policy.special
+        self.watches, self.carries = policy.method in WATCHING, policy.decay == "carry"
+
+    def __call__(self, layer: int, tokens: Tokens) -> Tokens:
+        """The tokens that go on, rows of different number padded in front."""
+        counts = [removable(int(free), self.policy) for free in tokens.free.sum(1)]
+        if not any(counts):
+            return tokens
+        rows = [self._row(layer, tokens, b, count) for b, count in enumerate(counts)]
+        output, residual, positions, free = zip(*rows, strict=True)
+        return Tokens(_packed(output), _packed(residual), _packed(positions, GONE), _packed(free))
+
+    def _row(self, layer: int, tokens: Tokens, b: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        real = (tokens.positions[b] != GONE).nonzero().flatten()
+        output, residual, positions, free = (
+            part[b, real] for part in (tokens.output, tokens.residual, tokens.positions, tokens.free)
+        )
+        if count:
+            places = free.nonzero().flatten()
+            scan = None if tokens.scan is None else _scan(tokens.scan, b, real)
+            removal = RULES[self.policy.method](
+                Row(layer, output[places], positions[places], scan, places), count, self.policy
+            )
+            output, residual = (
+                merged(part, places, removal, self.policy.merge, whole)
+                for part, whole in ((output, False), (residual, True))
+            )
+            stays = torch.ones_like(free).index_fill(0, places[removal.gone], False)
+            output, residual, positions, free = (part[stays] for part in (output, residual, positions, free))
+        return output, residual, positions, free
+
+
+def merged(x: Tensor, places: Tensor, removal: Removal, merge: str, whole: bool) -> Tensor:
+    """x [L, d] in which tokens hold what merges into them: all that has a place to go, or but for the lost ones.
+
+    The mean of a token and its sources, or (b + a) / 2 for one source after the other in the order of the text.
+    """
+    taken = (removal.into >= 0) if whole else ~removal.lost
+    if not bool(taken.any()):
+        return x
+    gone, into = removal.gone[taken].sort()
+    into = removal.into[taken][into]
+    targets, which, number = into.unique(return_inverse=True, return_counts=True)
+    sources = x[places[gone]].float()
+    if removal.topmost and not whole:
+        sources = sources.topk(len(gone) // 2, dim=0).values
+        which, number = which[: len(sources)], torch.full_like(number, len(sources))
+    if merge == "mean":
+        own, share = 1 / (1 + number), 1 / (1 + number[which])
+    else:
+        own = 0.5**number
+        share = 0.5 ** (number[which] - _rank(which))
+    new = x[places[targets]].float() * own[:, None]
+    new = new.index_add(0, which, sources * share[:, None])
+    return x.index_copy(0, places[targets], new.to(x.dtype))
+
+
+def install(model: nn.Module, policy: TokenPolicy | None) -> None:
+    """Lets a model of ours reduce tokens by a policy, or not at all."""
+    cast(Any, model).backbone.select = None if policy is None else Selection(policy)
+
+
+def _rank(which: Tensor) -> Tensor:
+    """How many equal entries come before each [r]."""
+    order = which.argsort(stable=True)
+    ranked = which[order]
+    rank = torch.empty_like(which)
+    rank[order] = torch.arange(len(which), device=which.device) - torch.searchsorted(ranked, ranked)
+    return rank
+
+
+def _scan(scan: Scan, b: int, real: Tensor) -> Scan:
+    """What the scan took in of one row."""
+    x, dt, B, C = (part[b, real][None] for part in (scan.x, scan.dt, scan.B, scan.C))
+    return scan._replace(x=x, dt=dt, B=B, C=C)
+
+
+def _packed(rows: tuple[Tensor, ...], padding: float = 0.0) -> Tensor:
+    """Rows [L, …] of different lengths as one tensor, padded in front."""
+    if len({len(row) for row in rows}) == 1:
+        return torch.stack(rows)
+    return pad_sequence(list(rows), batch_first=True, padding_value=padding, padding_side="left")
