@@ -1,6 +1,7 @@
 """What a recipe wants measured: the dense model and the result from disk, the two compared, and the gate."""
 
 from pathlib import Path
+from typing import Any
 
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.source import resolve
@@ -10,6 +11,7 @@ from ssmcompress.evaluate.comparison import compare
 from ssmcompress.evaluate.evaluation import evaluate, identity, measures
 from ssmcompress.evaluate.results import read as read_results
 from ssmcompress.events import Emit, ignore
+from ssmcompress.policy import KEY
 from ssmcompress.recipe import Recipe
 from ssmcompress.recipes import read
 from ssmcompress.record import RECIPE
@@ -32,7 +34,11 @@ def assess(recipe: Recipe, folder: Path, emit: Emit = ignore) -> None:
     """
     assert recipe.eval is not None
     results = folder / manifest.EVALUATION
-    settings = recipe.eval.model_dump() | recipe.model_dump(include={"seed", "device", "dtype", "backend"})
+    settings: dict[str, Any] = recipe.eval.model_dump() | recipe.model_dump(
+        include={"seed", "device", "dtype", "backend"}
+    )
+    if settings["context"] is None and resolve(str(folder)).config().to_dict().get(KEY):
+        settings["context"] = recipe.eval.length // 2  # of both, or nothing could be compared
     for name, model in ((DENSE, recipe.model), (COMPRESSED, str(folder))):
         if not _measured(results / name, identity(model, **settings)):
             evaluate(model, out=results / name, overwrite=True, emit=emit, **settings)

@@ -249,6 +249,17 @@ Against = Annotated[
 Lengths = Annotated[
     str, typer.Option("--lengths", metavar="N,N", help="Prompts for --speed, in tokens.", rich_help_panel=MEASURE)
 ]
+ContextLength = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=0,
+        metavar="TOKENS",
+        help="Of a window, read and not scored: tokens may leave there.",
+        show_default="half where tokens leave, else 0",
+        rich_help_panel=MEASURE,
+    ),
+]
 WindowLength = Annotated[int, typer.Option("--length", min=2, help="Tokens a window.", rich_help_panel=MEASURE)]
 Limit = Annotated[
     int | None,

@@ -61,6 +61,7 @@ class Evaluation(Strict):
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     limit: Annotated[int, Field(gt=0)] | None = None
     length: Annotated[int, Field(gt=1)] = 512
+    context: Annotated[int, Field(ge=0)] | None = None
     batch_size: Annotated[int, Field(gt=0)] = 8
 
 

@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from ssmcompress.arch.base import mixers
 from ssmcompress.checkpoint.adapter import find
 from ssmcompress.checkpoint.manifest import describe, versions
 from ssmcompress.checkpoint.output import RESULTS, output
-from ssmcompress.checkpoint.source import Checkpoint, load, require_embedded, resolve
+from ssmcompress.checkpoint.source import Checkpoint, Source, load, require_embedded, resolve
 from ssmcompress.errors import BackendError, InputError
 from ssmcompress.evaluate import speed as timing
 from ssmcompress.evaluate import suites
@@ -27,6 +27,7 @@ from ssmcompress.measure import recall as probes
 from ssmcompress.measure import text
 from ssmcompress.measure.perplexity import DocumentScore, Perplexity, summarise
 from ssmcompress.measure.perplexity import perplexity as score
+from ssmcompress.policy import KEY
 
 HARNESS = "lm_eval"  # the folder of its own files
 
@@ -42,6 +43,7 @@ class Asked:
     length: int
     batch_size: int
     seed: int
+    context: int = 0  # tokens of each window that are read and not scored
 
     def key(self, **others: Any) -> str:
         """A hash that is equal where the same was asked for: only then may finished measures be taken over."""
@@ -53,6 +55,7 @@ class Asked:
             "settings": [self.length, self.batch_size, self.seed],
             "versions": versions(),
         }
+        told |= {"context": self.context} if self.context else {}
         return hashlib.sha256(json.dumps(told | others, sort_keys=True).encode()).hexdigest()
 
 
@@ -70,6 +73,7 @@ def evaluate(
     against: str | None = None,
     lengths: str = "128,512",
     length: int = 512,
+    context: int | None = None,
     limit: int | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -86,6 +90,8 @@ def evaluate(
     merged into the model first.
     Tasks are lm-eval's, one after another; asked for again, an interrupted run goes on after the last finished one.
     A text of them names several with commas.
+    Of every window of `length` tokens of the text the first `context` are read and not scored: half of them where the
+    model lets tokens leave, which only those may, else none.
     Speed is measured last and told in speed.json; `against` is a second model, timed in turns with this one.
     Raises InputError for a model without a tokenizer or that gives NaN, an adapter of another model, a text or task
     that cannot be read, or an output that exists.
@@ -101,6 +107,7 @@ def evaluate(
         raise InputError("Nothing is asked for.", hint="Name a text, tasks, or a suite that holds something.")
     perplexity, documents, harness = chosen.perplexity, asked.documents, asked.harness
     source = resolve(model)
+    asked = replace(asked, context=_context(source, length, context))
     if against:
         resolve(against)  # before anything is measured
     record = describe(source, None if adapter is None else find(adapter))
@@ -159,8 +166,20 @@ def identity(
     model: str, *, length: int, batch_size: int, seed: int, device: str, dtype: str, backend: str, **measured: Any
 ) -> str:
     """The `asked_sha256` of the results that `evaluate` would give now, asked for these measures."""
+    context = measured.pop("context", None)
     _, asked = _asked(**measured, settings=(length, batch_size, seed))
-    return asked.key(model=describe(resolve(model)).sha256, device=device, dtype=dtype, backend=backend)
+    source = resolve(model)
+    asked = replace(asked, context=_context(source, length, context))
+    return asked.key(model=describe(source).sha256, device=device, dtype=dtype, backend=backend)
+
+
+def _context(source: Source, length: int, context: int | None) -> int:
+    """How many tokens of a window are read and not scored; InputError where none is left to score."""
+    if context is None:
+        return 0 if getattr(source.config(), KEY, None) is None else length // 2
+    if not 0 <= context < length:
+        raise InputError(f"--context {context} leaves nothing of a window of {length} tokens.", hint="Give less.")
+    return context
 
 
 def _asked(
@@ -201,6 +220,7 @@ def _folder(out: str | Path | None, writing: dict[str, Any]) -> Iterator[Path]:
 
 def _likelihood(checkpoint: Checkpoint, asked: Asked, done: Measures, emit: Emit) -> Perplexity:
     settings: dict[str, Any] = {"length": asked.length, "batch": asked.batch_size, "seed": asked.seed}
+    settings["context"] = asked.context
 
     def measure() -> list[dict[str, Any]]:
         found = score(checkpoint.model, checkpoint.tokenizer, asked.documents, **settings, emit=emit)

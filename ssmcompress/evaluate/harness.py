@@ -23,8 +23,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ssmcompress.arch.backbone import reduces
 from ssmcompress.checkpoint.source import Checkpoint
 from ssmcompress.errors import InputError, ResourceError, SsmcompressError
+from ssmcompress.evaluate.continuations import likelihoods
 from ssmcompress.evaluate.hush import quiet
 from ssmcompress.evaluate.scores import Scored, scored
 from ssmcompress.evaluate.suites import TASKS, Entry, shipped
@@ -153,6 +155,17 @@ class Model(HFLM):
         """Continuations up to a stop string."""
         self._emit(Phase(self._task, len(requests)))
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **settings: Any) -> list[tuple[float, bool]]:
+        """As lm-eval does it; where tokens leave, so that none leaves whose prediction is scored."""
+        if not reduces(self.model):
+            return super()._loglikelihood_tokens(requests, *args, **settings)
+        pairs = [(context, after) for _, context, after in requests]
+        found: list[Any] = [None] * len(pairs)
+        for i, *answer in likelihoods(self.model, pairs, batch=int(self.batch_size), longest=self.max_length):
+            found[i] = tuple(answer)
+            self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
+        return found
 
     def _model_generate(self, *args: Any, **settings: Any) -> torch.Tensor:
         return super()._model_generate(*args, **settings, logits_processor=LogitsProcessorList([_Numbers(self)]))

@@ -19,6 +19,7 @@ from ssmcompress.checkpoint.source import Checkpoint
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate.peak import decode, first_token, in_memory, peak, prefill
 from ssmcompress.events import Advance, Emit, Note, Phase, Table, ignore, number
+from ssmcompress.tokens.schedule import lengths as lengths_left
 
 NAME = "speed.json"
 WARM_UP = 2
@@ -259,16 +260,21 @@ def flops(model: nn.Module, arch: Arch, length: int = 1) -> dict[str, float]:
     """Floating-point operations per token of a prompt of `length`, of which the last token alone gets logits.
 
     Two per weight of a matrix or convolution, and five per entry of the recurrent state: h ← a·h + b·x, y ← c·h. What
-    is done once a channel (norms, gates, steps) is left out. Zeros count: nothing skips them.
+    is done once a channel (norms, gates, steps) is left out. Zeros count: nothing skips them. Tokens that left a long
+    prompt do not; what chooses them is left out.
     """
     head = model.get_output_embeddings().weight.numel()
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)) - head
+    blocks = arch.blocks(model)
+    seen = [1.0] * len(blocks)
+    if arch.policy is not None:
+        seen = [tokens / length for tokens in lengths_left(length, arch.layers, arch.policy)]
+    linear = [sum(each.weight.numel() for each in block.modules() if isinstance(each, nn.Linear)) for block in blocks]
     convolutions = [mixer.conv1d.weight for mixer in mixers(model)]
     kept = sum(weight.shape[0] * (weight.shape[-1] - 1) for weight in convolutions)
     return {
-        "matrices": 2 * (linear + head / length),
-        "convolutions": 2.0 * sum(weight.numel() for weight in convolutions),
-        "scan": 5.0 * (arch.state_bytes() // 4 - kept),
+        "matrices": 2 * (sum(share * size for share, size in zip(seen, linear, strict=True)) + head / length),
+        "convolutions": 2.0 * sum(share * each.numel() for share, each in zip(seen, convolutions, strict=True)),
+        "scan": 5.0 * (arch.state_bytes() // 4 - kept) * sum(seen) / len(seen),
     }
 
 
