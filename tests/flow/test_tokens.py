@@ -1,0 +1,152 @@
+"""Token reduction from the verb to the folder, and what every other verb makes of that folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import ssmcompress
+from ssmcompress.checkpoint.source import load
+from ssmcompress.cli import main
+from ssmcompress.edits import Reduce
+from ssmcompress.edits import load as load_edits
+from ssmcompress.errors import InputError, RecipeError, UnsupportedError
+from ssmcompress.policy import KEY
+
+IDS = torch.arange(5, 45)[None]
+
+
+@pytest.fixture(scope="module", params=["mamba", "mamba2"])
+def reduced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reduced") / request.param
+    ssmcompress.reduce_tokens(f"ref:{request.param}", out=out, flops=0.2, match_window=64, no_eval=True)
+    return out
+
+
+@torch.no_grad()
+def kept(folder: str | Path) -> tuple[torch.Tensor, ...]:
+    model = load(str(folder), dtype=torch.float32).model
+    model(IDS)
+    return model.backbone.kept  # type: ignore[return-value]
+
+
+def test_the_folder_says_it_and_loads_with_it(reduced: Path) -> None:
+    stored = json.loads((reduced / "config.json").read_text())[KEY]
+    assert stored["method"] == "utrc"
+    assert stored["layers"] == [1, 2, 3, 4]
+    assert stored["match_window"] == 64
+    assert stored["special"] == [0]
+    assert kept(reduced)[-1].shape[1] < 40
+    card = (reduced / "README.md").read_text()
+    assert "stock transformers reads every token" in card
+    manifest = json.loads((reduced / "ssmcompress.json").read_text())
+    assert manifest["verb"] == "reduce-tokens"
+    assert manifest["tokens"]["flops_reduction"] == pytest.approx(0.2, abs=1e-4)
+    (edit,) = load_edits(reduced / "edits.safetensors").items
+    assert isinstance(edit, Reduce)
+
+
+def test_stock_transformers_gives_the_dense_numbers(reduced: Path) -> None:
+    dense = load(f"ref:{reduced.name}", dtype=torch.float32).model
+    stock = AutoModelForCausalLM.from_pretrained(reduced, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(IDS).logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_policy_of_another_version_is_not_dropped(reduced: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in reduced.iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    config = json.loads((copy / "config.json").read_text())
+    config[KEY]["method"] = "tomorrow"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="token_policy that this version cannot follow: method"):
+        load(str(copy))
+
+
+def test_apply_makes_the_same_bytes(reduced: Path, tmp_path: Path) -> None:
+    ssmcompress.apply(reduced / "edits.safetensors", f"ref:{reduced.name}", out=tmp_path / "again")
+    for name in ("model.safetensors", "config.json", "edits.safetensors", "recipe.yaml"):
+        assert (tmp_path / "again" / name).read_bytes() == (reduced / name).read_bytes()
+
+
+def test_pruning_keeps_the_policy_and_moves_it_with_the_blocks(reduced: Path, tmp_path: Path) -> None:
+    out = tmp_path / "layers"
+    ssmcompress.prune(str(reduced), axis="layer", keep=4, method="random", out=out, no_eval=True)
+    policy = json.loads((out / "config.json").read_text())[KEY]
+    left = json.loads((out / "ssmcompress.json").read_text())["shape"]["layers"]
+    expected = sorted({sum(layer <= anchor for layer in left) - 1 for anchor in (1, 2, 3, 4)} - {-1})
+    assert policy["layers"] == expected
+    assert kept(out)[-1].shape[1] < 40
+
+
+def test_likelihoods_are_of_the_untouched_part(reduced: Path, tmp_path: Path) -> None:
+    """The same windows, of which the same half is scored, dense and reduced; and twice the same."""
+    how = {"perplexity": "default", "limit": 3}
+    found = ssmcompress.evaluate(str(reduced), out=tmp_path / "reduced", **how)
+    dense = ssmcompress.evaluate(f"ref:{reduced.name}", out=tmp_path / "dense", context=256, **how)
+    assert found.text_sha256 == dense.text_sha256
+    assert found.bits_per_byte != dense.bits_per_byte
+    whole = ssmcompress.evaluate(str(reduced), context=0, **how)
+    assert whole.bits_per_byte == pytest.approx(ssmcompress.evaluate(f"ref:{reduced.name}", **how).bits_per_byte)
+
+
+def test_tasks_score_every_token_of_a_continuation(reduced: Path) -> None:
+    found, dense = (
+        ssmcompress.evaluate(model, tasks="lambada_openai_local", limit=6, batch_size=size)
+        for model, size in ((str(reduced), 1), (f"ref:{reduced.name}", 4))
+    )
+    again = ssmcompress.evaluate(str(reduced), tasks="lambada_openai_local", limit=6, batch_size=4)
+    figures = [each.value for each in found.tasks]
+    assert figures == pytest.approx([each.value for each in again.tasks], rel=1e-4)
+    assert figures != [each.value for each in dense.tasks]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"layers": (2, 9)}, UnsupportedError, "block 9: there are 6"),
+        ({"flops": 0.9}, UnsupportedError, "cannot save 90%"),
+        ({"keep": 0.3}, RecipeError, "at most half"),
+        ({"method": "evit", "match_window": 8}, RecipeError, "match_window has no meaning"),
+        ({"keep": 0.9, "flops": 0.1}, RecipeError, "exclude one another"),
+        ({"layers": "5;6"}, RecipeError, "with commas"),
+        ({"method": "utcr"}, RecipeError, "did you mean 'utrc'"),
+        ({"flop": 0.1}, RecipeError, "no option 'flop'"),
+    ],
+)
+def test_what_will_not_do_is_said(options: dict, error: type, said: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=said):
+        ssmcompress.reduce_tokens("ref:mamba", out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mamba_ssm_has_no_place_for_a_policy(reduced: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="the policy would be lost"):
+        ssmcompress.convert(str(reduced), to="mamba-ssm", out=tmp_path / "original")
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(
+            [
+                "reduce-tokens",
+                "ref:mamba",
+                "--keep",
+                "0.9",
+                "--layers",
+                "1,3",
+                "--out",
+                str(tmp_path / "a"),
+                "--no-eval",
+            ]
+        )
+    assert left.value.code == 0
+    with pytest.raises(SystemExit) as left:
+        main(["reduce-tokens", "ref:mamba", "--layers", "7", "--out", str(tmp_path / "b")])
+    assert left.value.code == 3
+    assert "Without --layers they leave after 1,2,3,4" in " ".join(capsys.readouterr().err.split())
