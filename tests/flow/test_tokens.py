@@ -131,22 +131,12 @@ def test_mamba_ssm_has_no_place_for_a_policy(reduced: Path, tmp_path: Path) -> N
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["reduce-tokens", "ref:mamba", "--out", str(tmp_path / "a"), "--no-eval"]
     with pytest.raises(SystemExit) as left:
-        main(
-            [
-                "reduce-tokens",
-                "ref:mamba",
-                "--keep",
-                "0.9",
-                "--layers",
-                "1,3",
-                "--out",
-                str(tmp_path / "a"),
-                "--no-eval",
-            ]
-        )
-    assert left.value.code == 0
+        main([*given, "--keep", "0.9", "--layers", "1,3"])
+    assert not left.value.code
+    assert json.loads((tmp_path / "a" / "config.json").read_text())[KEY]["layers"] == [1, 3]
     with pytest.raises(SystemExit) as left:
-        main(["reduce-tokens", "ref:mamba", "--layers", "7", "--out", str(tmp_path / "b")])
+        main([*given, "--overwrite", "--layers", "7"])
     assert left.value.code == 3
     assert "Without --layers they leave after 1,2,3,4" in " ".join(capsys.readouterr().err.split())
