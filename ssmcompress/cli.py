@@ -22,29 +22,22 @@ from ssmcompress.options import (
     OUTPUT,
     AdapterFolder,
     Against,
-    Anchors,
     BatchSize,
     ComputeDtype,
     ContextLength,
-    DecayOption,
     Device,
     Fewshot,
-    Flops,
     IncludePath,
     Json,
-    KeepTokens,
     Kernels,
     Lengths,
     Limit,
-    MatchWindow,
-    Merging,
     Model,
     NoEval,
     Out,
     Overrides,
     Overwrite,
     PerplexityText,
-    Pruned,
     Recall,
     RecipeName,
     ResultsOut,
@@ -52,15 +45,14 @@ from ssmcompress.options import (
     SpeedToo,
     SuiteName,
     Tasks,
-    TokenImportance,
-    TokenMethod,
     WindowLength,
+    bare_perplexity,
     with_pruning_options,
+    with_reducing_options,
 )
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 REPEATABLE = {"include", "exclude", "overrides", "max_drop"}
-SHIPPED = "default"  # the text that comes with the package
 RESOURCES = {
     errno.EACCES: "may not be read or written",
     errno.EPERM: "may not be changed",
@@ -170,30 +162,13 @@ def prune(
 
 
 @app.command("reduce-tokens", epilog="Example: ssmcompress reduce-tokens ref:mamba --flops 0.2 --out out/tokens20")
+@with_reducing_options
 def reduce_tokens(
-    model: Model,
-    *,
-    out: Out,
-    method: TokenMethod = None,
-    flops: Flops = None,
-    layers: Anchors = None,
-    keep: KeepTokens = None,
-    pruned: Pruned = None,
-    importance: TokenImportance = None,
-    merge: Merging = None,
-    match_window: MatchWindow = None,
-    decay: DecayOption = "drop",
-    overwrite: Overwrite = False,
-    no_eval: NoEval = False,
-    json: Json = False,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: ComputeDtype = "auto",
-    backend: Kernels = "auto",
+    model: Model, *, out: Out, overwrite: Overwrite = False, no_eval: NoEval = False, **options: Any
 ) -> None:
     """Let tokens of long prompts leave on their way through the blocks, and measure what that costs."""
-    given = {name: value for name, value in locals().items() if value is not None}
-    _call("reduce_tokens", **given)
+    given = {name: value for name, value in options.items() if value is not None}
+    _call("reduce_tokens", model=model, out=out, overwrite=overwrite, no_eval=no_eval, **given)
 
 
 @app.command(epilog="Example: ssmcompress plan ref:mamba --pattern 2:4")
@@ -397,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and leaves with its exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for work halve the speed of a busy machine
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was begun is put away
-    given = _bare_perplexity(list(sys.argv[1:] if arguments is None else arguments))
+    given = bare_perplexity(list(sys.argv[1:] if arguments is None else arguments))
     try:
         code = app(given, prog_name="ssmcompress", standalone_mode=False)
     except typer.TyperException as error:
@@ -420,12 +395,3 @@ def _usage(error: typer.TyperException, given: Sequence[str] = ()) -> Failed:
     if choice and (close := difflib.get_close_matches(choice[1], re.findall(r"'([^']*)'", choice[2]), n=1)):
         hint = f"Did you mean {close[0]!r}? {hint}"
     return Failed(message, hint, error.exit_code)
-
-
-def _bare_perplexity(arguments: list[str]) -> list[str]:
-    """Lets --perplexity stand without a value, which typer's options cannot."""
-    following = [*arguments, "--"][1:]
-    return [
-        f"--perplexity={SHIPPED}" if argument == "--perplexity" and after.startswith("-") else argument
-        for argument, after in zip(arguments, following, strict=True)
-    ]

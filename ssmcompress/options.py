@@ -31,6 +31,7 @@ Method = Literal[
 AxisName = Literal["state", "channel", "dt_rank", "head", "head_channel", "width", "ssm", "layer"]
 
 TOKENS = "Which tokens leave"
+SHIPPED = "default"  # the text that comes with the package
 WHAT, TEXT, MEASURE, GATE, OUTPUT, COMPUTE = (
     "What to prune",
     "Calibration",
@@ -303,8 +304,46 @@ def _pruning_options(
     """What `prune` and `plan` have in common."""
 
 
+def _reducing_options(
+    *,
+    method: TokenMethod = None,
+    flops: Flops = None,
+    layers: Anchors = None,
+    keep: KeepTokens = None,
+    pruned: Pruned = None,
+    importance: TokenImportance = None,
+    merge: Merging = None,
+    match_window: MatchWindow = None,
+    decay: DecayOption = "drop",
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: ComputeDtype = "auto",
+    backend: Kernels = "auto",
+) -> None:
+    """What `reduce-tokens` takes."""
+
+
 def with_pruning_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """Puts the common options between a verb's own parameters and its `**options`."""
+    """Puts what `prune` and `plan` have in common between a verb's own parameters and its `**options`."""
+    return _with(_pruning_options, verb)
+
+
+def with_reducing_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Puts the options of token reduction there."""
+    return _with(_reducing_options, verb)
+
+
+def _with(options: Callable[..., None], verb: Callable[..., None]) -> Callable[..., None]:
     own = [each for each in inspect.signature(verb).parameters.values() if each.kind != each.VAR_KEYWORD]
-    verb.__signature__ = inspect.Signature([*own, *inspect.signature(_pruning_options).parameters.values()])  # type: ignore[attr-defined]
+    verb.__signature__ = inspect.Signature([*own, *inspect.signature(options).parameters.values()])  # type: ignore[attr-defined]
     return verb
+
+
+def bare_perplexity(arguments: list[str]) -> list[str]:
+    """Lets --perplexity stand without a value, which typer's options cannot."""
+    following = [*arguments, "--"][1:]
+    return [
+        f"--perplexity={SHIPPED}" if argument == "--perplexity" and after.startswith("-") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
-from ssmcompress.arch.base import Mixer, Scan
+from ssmcompress.arch.base import Mixer
+from ssmcompress.arch.scan import Scan
 from ssmcompress.errors import UnsupportedError
 
 GONE = -1  # the position of padding

@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self, TypeGuard, cast
+from typing import Any, Self, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from transformers.cache_utils import Cache
 
 from ssmcompress import kernels
 from ssmcompress.arch.axis import Axis, Slice
+from ssmcompress.arch.scan import Scan
 from ssmcompress.errors import UnsupportedError
-from ssmcompress.kernels.reference import PAD, step_size
+from ssmcompress.kernels.reference import PAD
 from ssmcompress.policy import KEY, TokenPolicy
 from ssmcompress.steps import SSM, WIDTH
 
@@ -259,37 +260,6 @@ class Arch(ABC):
         return parts[-1] == "bias" or any(part in self.fixed or part.startswith("norm") for part in parts)
 
 
-class Scan(NamedTuple):
-    """What a mixer's scan takes in, in the form both families share: a Mamba-1 channel is a head of one channel.
-
-    x [B, L, H, P], dt [B, L, H] before bias and softplus, A [H, N] or [H, 1], B and C [B, L, G, N], dt_bias [H].
-    """
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    dt_bias: Tensor | None
-    limit: tuple[float, float] = (0.0, float("inf"))
-
-    def states(self) -> Iterator[Tensor]:
-        """The state [B, H, P, N] after each token, one token at a time (Mamba-2, eq. 2)."""
-        return (state for _, state in self.steps())
-
-    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """exp(Δ A) [B, H, N] or [B, H, 1] of each token, and the state [B, H, P, N] after it."""
-        heads = self.x.shape[2] // self.B.shape[2]
-        delta = step_size(self.dt, self.dt_bias, self.limit)
-        state = self.x.new_zeros(self.x.shape[0], *self.x.shape[2:], self.B.shape[-1])
-        for t in range(self.x.shape[1]):
-            step = delta[:, t, :, None]
-            b = self.B[:, t].repeat_interleave(heads, dim=1)[:, :, None]
-            left = torch.exp(step * self.A)
-            state = left[:, :, None] * state + step[..., None] * self.x[:, t, :, :, None] * b
-            yield left, state
-
-
 class Mixer(nn.Module):
     """The ports of a mixer: unused they are None and cost nothing."""
 
@@ -372,22 +342,6 @@ def decay(A_log: Tensor) -> Tensor:
 def hold(dt: Tensor, mask: Tensor | None) -> Tensor:
     """The dt [B, L, …] that makes padded positions pass the state through untouched."""
     return silence(dt, mask, PAD)
-
-
-def stride(
-    dt: Tensor, B: Tensor, strides: Tensor | None, bias: Tensor | None, limit: tuple[float, float] = (0.0, float("inf"))
-) -> tuple[Tensor, Tensor, tuple[float, float]]:
-    """dt [B, L, H], B [B, L, …] and limit with which a state decays `strides` [B, L] times over a token, read in once.
-
-    Its step Δ is so many times as long, and B so much smaller: Δ B x stays.
-    """
-    if strides is None:
-        return dt, B, limit
-    times = strides.to(dt.dtype)
-    steps = step_size(dt, bias, limit) * times[..., None]
-    longer = steps + torch.log(-torch.expm1(-steps)) - (0 if bias is None else bias)  # softplus, undone
-    longer = torch.where(steps > 0, longer, PAD).to(dt.dtype)
-    return longer, B / times.view(*times.shape, *(1,) * (B.dim() - 2)), (0.0, float("inf"))
 
 
 def adopt(blocks: nn.ModuleList, *kinds: type[Mixer]) -> None:

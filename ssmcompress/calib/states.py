@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ssmcompress.arch.base import Scan
+from ssmcompress.arch.scan import Scan
 from ssmcompress.calib.stats import Statistic
 from ssmcompress.edits import Forget
 

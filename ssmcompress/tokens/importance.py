@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssmcompress.arch.base import Scan
+from ssmcompress.arch.scan import Scan
 from ssmcompress.kernels.reference import step_size
 
 BLOCK = 256  # tokens at a time, where a score needs a number for every state

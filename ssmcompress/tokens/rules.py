@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ssmcompress.arch.base import Scan
+from ssmcompress.arch.scan import Scan
 from ssmcompress.policy import TokenPolicy
 from ssmcompress.tokens import importance as scores
 from ssmcompress.tokens.matching import match

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ssmcompress.arch.backbone import GONE, Tokens
-from ssmcompress.arch.base import Scan
+from ssmcompress.arch.scan import Scan
 from ssmcompress.policy import WATCHING, TokenPolicy
 from ssmcompress.tokens.rules import RULES, Removal, Row
 from ssmcompress.tokens.schedule import removable

@@ -16,7 +16,7 @@ from tests.flow.test_bytes import contents
 MOMENTS = (
     "ssmcompress.run.load",
     "ssmcompress.calib.data.windows",
-    "ssmcompress.run.find_edits",
+    "ssmcompress.making.find_edits",
     "ssmcompress.checkpoint.shards.save_file",
     "ssmcompress.run.verify",
     "ssmcompress.checkpoint.card.write",

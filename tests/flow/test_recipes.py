@@ -75,7 +75,7 @@ def nothing_again(monkeypatch):
     """From then on nothing may be pruned or measured."""
 
     def forbid():
-        for name in ("ssmcompress.run.find_edits", "ssmcompress.evaluate.evaluation.load"):
+        for name in ("ssmcompress.making.find_edits", "ssmcompress.evaluate.evaluation.load"):
             monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2], no)
 
     def no(*_, **__):

@@ -108,3 +108,15 @@ def test_a_quick_run_of_the_cuts_measures_every_one(cpu: ModuleType, capsys: pyt
     told = capsys.readouterr().out
     for family, made in cuts.CUTS.items():
         assert all(f"{family}, {step.axis} keep {step.keep:g}" in " ".join(told.split()) for step in made)
+
+
+def test_a_quick_run_of_the_tokens_measures_both_families(cpu: ModuleType, capsys: pytest.CaptureFixture):
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        tokens = importlib.import_module("tokens")
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    tokens.main(["--quick"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "mamba 32 anywhere" in told
+    assert "mamba2 32 256" in told

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ssmcompress
+import ssmcompress.making
 import ssmcompress.run
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.shards import Shards
@@ -103,7 +104,7 @@ def test_the_manifest_records_source_calibration_kernels_and_check(folder, text,
 
 
 def test_magnitude_needs_no_calibration(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner.data, "windows", lambda *_, **__: pytest.fail("text was read"))
+    monkeypatch.setattr(ssmcompress.making.data, "windows", lambda *_, **__: pytest.fail("text was read"))
     result = ssmcompress.prune(str(folder), out=tmp_path / "out", method="magnitude", no_eval=True)
     assert manifest.read(result.folder).calibration is None
     assert (result.before, result.after) == (None, None)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ssmcompress.arch.base import ROTATION, Scan
+from ssmcompress.arch.base import ROTATION
 from ssmcompress.arch.registry import arch_for
+from ssmcompress.arch.scan import Scan
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.calib.states import Gramians
 from ssmcompress.calib.taps import observe

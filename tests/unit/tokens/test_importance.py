@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssmcompress.arch.base import Scan
+from ssmcompress.arch.scan import Scan
 from ssmcompress.kernels import reference
 from ssmcompress.tokens.importance import energy, importance, influence
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ssmcompress.arch.backbone import dense, protect
-from ssmcompress.arch.base import stride
+from ssmcompress.arch.scan import stride
 from ssmcompress.checkpoint.source import Checkpoint, load
 from ssmcompress.kernels import reference
 from ssmcompress.policy import RULES, TokenPolicy
