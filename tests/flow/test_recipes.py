@@ -88,7 +88,7 @@ def test_what_is_measured_otherwise_is_measured_anew_on_the_model_that_is_there(
     out = tmp_path / "out"
     ssmcompress.run(mine, out=out)
     made, first = manifest.hashes(out), read(out / "eval" / "compressed").summary
-    monkeypatch.setattr(sys.modules["ssmcompress.run"], "find_edits", lambda *_, **__: pytest.fail("pruned again"))
+    monkeypatch.setattr(sys.modules["ssmcompress.making"], "find_edits", lambda *_, **__: pytest.fail("pruned again"))
     ssmcompress.run(mine, ["eval.length=48", "max_drop=9"], out=out)
     second = read(out / "eval" / "compressed").summary
     assert (first.length, second.length) == (64, 48) and first.bits_per_byte != second.bits_per_byte
