@@ -1,5 +1,7 @@
 """Token reduction as data: which rule, after which blocks, and how many tokens stay; it is stored in config.json."""
 
+import hashlib
+import json
 from collections.abc import Collection
 from typing import Annotated, Any, Literal, get_args
 
@@ -56,6 +58,11 @@ class TokenPolicy(BaseModel):
         if self.method in HALVING and self.keep < 0.5:
             raise ValueError(f"{self.method} takes at most half of the tokens at a time: keep must be at least 0.5")
         return self
+
+    @property
+    def sha256(self) -> str:
+        """What tells models apart whose weights are the same."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def read(cls, stored: bytes | dict[str, Any]) -> "TokenPolicy":

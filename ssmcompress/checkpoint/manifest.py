@@ -5,7 +5,6 @@ It holds no times and no paths, so that the same run writes the same bytes.
 
 import contextlib
 import hashlib
-import json
 import math
 import platform
 from dataclasses import asdict
@@ -210,7 +209,7 @@ def describe(source: Source, adapter: Adapter | None = None) -> SourceRecord:
     hashes = {file: sha256(source.folder / file) for file in Shards(source.folder).weight_files}
     hashes |= {path.name: sha256(path) for path in (adapter.files if adapter else ())}
     if policy := getattr(source.config(), KEY, None):  # which no weight file tells
-        hashes[KEY] = hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()
+        hashes[KEY] = TokenPolicy.read(policy).sha256
     return SourceRecord(name=source.label, revision=source.revision, layout=source.layout, sha256=hashes)
 
 

@@ -207,6 +207,7 @@ def _settings(name: str, a: Results, b: Results) -> list[tuple[str, object, obje
     task = name.partition("/")[0]
     if task == "text":
         found.append(("the length of windows", a.summary.length, b.summary.length))
+        found.append(("--context", a.summary.context, b.summary.context))
     for field, words in TASK_SETTINGS.items():
         found.append((words, _setting(a, task, field), _setting(b, task, field)))
     return [*found, ("the number of items", len(one.items), len(other.items))]

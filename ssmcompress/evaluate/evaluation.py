@@ -130,6 +130,7 @@ def evaluate(
                 memory,
                 source=record,
                 text=perplexity,
+                context=asked.context if documents else 0,
                 asked_sha256=key,
                 seed=seed,
                 backend=next(mixers(checkpoint.model)).backend.names(device, used),

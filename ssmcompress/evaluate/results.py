@@ -21,6 +21,7 @@ from ssmcompress.evaluate.compare import Kind, Samples
 from ssmcompress.measure.interval import accuracy_interval
 from ssmcompress.measure.perplexity import DocumentScore, Perplexity
 from ssmcompress.measure.recall import Recall
+from ssmcompress.tokens.schedule import saved
 
 TEXT = "text/bits_per_byte"
 SAMPLES = "samples.jsonl"
@@ -80,6 +81,8 @@ class Item(BaseModel):
 class Summary(BaseModel):
     """Figures of a checkpoint; bytes are those of the weights as stored and of one sequence's recurrent state.
 
+    Of every window of `length` tokens of the text the first `context` were read and not scored. `flops_reduction` is
+    the share of the blocks' work on a long prompt that is not done, where tokens leave.
     The files of an adapter that was merged into it are among those of `model_sha256`; its `source` is then `model`,
     unless that has one itself.
     """
@@ -96,9 +99,11 @@ class Summary(BaseModel):
     params: int
     weight_bytes: int
     state_bytes: int
+    flops_reduction: float | None = None
     text: str | None = None
     text_sha256: str | None = None
     length: int | None = None
+    context: int = 0
     bits_per_byte: float | None = None
     bits_per_byte_interval: tuple[float, float] | None = None
     perplexity: float | None = None
@@ -126,7 +131,7 @@ class Summary(BaseModel):
         **fields: Any,
     ) -> "Summary":
         """The summary of what was measured."""
-        weights, adapter = checkpoint.stored, checkpoint.adapter
+        weights, adapter, policy = checkpoint.stored, checkpoint.adapter, checkpoint.arch.policy
         if likelihood is not None:
             fields |= {
                 "text": Path(text or "").name,
@@ -146,6 +151,7 @@ class Summary(BaseModel):
             params=sum(tensor.numel() for tensor in state_dict(checkpoint.model).values()),
             weight_bytes=sum(weights.shape(name).numel() * weights.dtype(name).itemsize for name in weights),
             state_bytes=checkpoint.arch.state_bytes(),
+            flops_reduction=saved(checkpoint.arch.layers, policy.layers, policy.keep) if policy else None,
             recall=tuple(probe.to_dict() for probe in memory or ()),
             **(({"source": source.name} if adapter else {}) | _origin(checkpoint.source) | fields),
         )

@@ -1,6 +1,6 @@
 """What a compression is seen to cost while it runs: likelihood of the shipped pages, and two probes of memory."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -9,6 +9,7 @@ from ssmcompress.errors import UnsupportedError
 from ssmcompress.events import Emit, Metric, Note, Table, ignore
 from ssmcompress.measure import recall, text
 from ssmcompress.measure.exercises import Vocabulary
+from ssmcompress.measure.passage import Passage, passage
 from ssmcompress.measure.perplexity import Perplexity, paired_difference, perplexity
 
 ON = "the first 512 tokens of each of 62 Wikipedia pages (the test split of WikiText-2)"
@@ -18,10 +19,11 @@ COPIES, LOOKUPS = 64, 256  # items of the probes: a few seconds, and errors of s
 
 @dataclass(frozen=True)
 class Glance:
-    """Likelihood of the shipped pages and the probes that this tokenizer has words for."""
+    """Likelihood of the shipped pages, the probes that this tokenizer has words for, and a passage that loses tokens."""
 
     likelihood: Perplexity
     memory: tuple[recall.Recall, ...]
+    passage: Passage | None = None
 
     @property
     def bits_per_byte(self) -> float:
@@ -30,22 +32,25 @@ class Glance:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return self.likelihood.to_dict() | {"recall": [probe.to_dict() for probe in self.memory]}
+        told = self.likelihood.to_dict() | {"recall": [probe.to_dict() for probe in self.memory]}
+        return told | ({"passage": asdict(self.passage)} if self.passage else {})
 
 
 def glance(model: nn.Module, tokenizer: Any, seed: int = 0, emit: Emit = ignore, *, context: int = 0) -> Glance:
     """Looks at a model once; the first `context` tokens of each page are read and not scored."""
-    likelihood = perplexity(model, tokenizer, text.documents(), windows=1, context=context, emit=emit)
+    pages = text.documents()
+    likelihood = perplexity(model, tokenizer, pages, windows=1, context=context, emit=emit)
+    read = passage(model, tokenizer, pages, CONTEXT)
     try:
         words = Vocabulary.of(tokenizer)
     except UnsupportedError as error:
         emit(Note(f"Memory is not measured: {error.message}"))
-        return Glance(likelihood, ())
+        return Glance(likelihood, (), read)
     memory = (
         recall.copy_probe(model, words, 20, COPIES, seed),
         recall.key_value_probe(model, words, 4, LOOKUPS, seed),
     )
-    return Glance(likelihood, memory)
+    return Glance(likelihood, memory, read)
 
 
 def tell_change(before: Glance, after: Glance, emit: Emit) -> None:

@@ -16,6 +16,7 @@ from ssmcompress.errors import InputError
 from ssmcompress.evaluate import results, speed
 from ssmcompress.evaluate.results import Results, Summary
 from ssmcompress.evaluate.speed import Speed
+from ssmcompress.measure.passage import Passage
 from ssmcompress.measure.perplexity import DocumentScore
 from ssmcompress.paths import expanded
 from ssmcompress.recipe import Recipe
@@ -55,6 +56,7 @@ class Look(_Lenient):
     length: int
     documents: tuple[DocumentScore, ...]
     recall: tuple[Probe, ...] = ()
+    passage: Passage | None = None
 
     @property
     def identity(self) -> str:
@@ -207,6 +209,7 @@ def _evaluation(folder: Path) -> Evaluation:
 def _compressed(folder: Path, made: Made) -> Checkpoint:
     weights = Shards(folder)
     files = {made.manifest.files.get(name, name) for name in weights.weight_files}
+    files |= {made.manifest.tokens.policy.sha256} if made.manifest.tokens else set()
     sizes = {name: weights.shape(name).numel() for name in weights}
     stored = sum(size * weights.dtype(name).itemsize for name, size in sizes.items())
     looks = (made.looks.after,) if made.looks else ()

@@ -3,20 +3,27 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
+from ssmcompress.measure.passage import Passage
 from ssmcompress.report import figures, words
 from ssmcompress.report.figures import Point, Share
 from ssmcompress.report.measures import Measure
 from ssmcompress.report.tables import Member
 
 
+PALEST = 0.2  # how visible a token would be that no block reads
+
+
 @dataclass(frozen=True)
 class Drawing:
-    """A chart with its title and what is to be said of it."""
+    """A chart with its title, what is to be said of it, and a text whose pieces are so visible (up to 1)."""
 
     title: str
     svg: str
     words: str
+    text: tuple[tuple[str, float], ...] = ()
 
 
 def quality(members: Sequence[Member], text: Measure) -> Iterable[Drawing]:
@@ -107,6 +114,28 @@ def grids(members: Sequence[Member]) -> Iterable[Drawing]:
         chart = figures.grid(cells, f"Share of entries kept by {names}: {told}.")
         done = ", ".join(dict.fromkeys(member.done for member in group))
         yield Drawing("Entries kept", chart, f"{names} ({done}).")
+
+
+def passages(members: Sequence[Member]) -> Iterable[Drawing]:
+    """How far the tokens of a real text go, for each member that lets some leave."""
+    for member in members:
+        looks = member.checkpoint.made and member.checkpoint.made.looks
+        read = looks.after.passage if looks else None
+        if read is None:
+            continue
+        through = sum(blocks == read.depth for blocks in read.seen)
+        told = f"{through} of {len(read.seen)} tokens go through all {read.depth} blocks"
+        chart = figures.depths(read.tokens, read.seen, read.depth, member.mark, f"{member.label}: {told}.")
+        said = f"{member.label} ({member.done}): {told}. Below, paler words leave earlier; from Wikipedia’s page"
+        yield Drawing("Tokens kept over depth", chart, f"{said} “Robert Boulter” (CC BY-SA).", _faded(read))
+
+
+def _faded(read: Passage) -> tuple[tuple[str, float], ...]:
+    """The text in pieces that go equally far."""
+    pieces = groupby(zip(read.seen, read.tokens, strict=True), key=itemgetter(0))
+    return tuple(
+        ("".join(token for _, token in run), PALEST + (1 - PALEST) * blocks / read.depth) for blocks, run in pieces
+    )
 
 
 def _kept(member: Member) -> dict[str, dict[int, float]]:

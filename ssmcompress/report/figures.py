@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 WIDTH = 360.0
@@ -161,6 +161,27 @@ def grid(cells: Mapping[str, Mapping[int, float]], described: str) -> str:
         if j % math.ceil(len(layers) / 12) == 0:
             _write(svg, left + wide * (j + 0.5), bottom + 13, str(layer), "tick middle")
     _write(svg, left + wide * len(layers) / 2, bottom + 29, "layer; share of entries kept, in percent", "title middle")
+    return _text(svg)
+
+
+def depths(tokens: Sequence[str], seen: Sequence[int], depth: int, mark: int, described: str) -> str:
+    """How many blocks read each token of a prompt: a column a token, from the first block down."""
+    svg = _svg(200, described)
+    y = Axis(0.0, depth, TOP, 200 - BOTTOM, tuple(range(0, depth + 1, math.ceil(depth / 8))))
+    x = Axis.of([0, len(tokens)], LEFT, WIDTH - RIGHT)
+    x = replace(x, high=len(tokens), ticks=tuple(tick for tick in x.ticks if tick <= len(tokens)))
+    for tick in y.ticks:
+        _line(svg, x.start, y.at(tick), x.end, y.at(tick), "grid")
+        _write(svg, x.start - 6, y.at(tick) + 3.5, f"{tick:.0f}", "tick end")
+    for tick, word in zip(x.ticks, x.words(), strict=True):
+        _write(svg, x.at(tick), y.end + 16, word, "tick middle")
+    for i, (token, blocks) in enumerate(zip(tokens, seen, strict=True)):
+        size = {"width": _near(x.at(1) - x.start), "height": _near(y.at(blocks) - y.start)}
+        place = {"class": f"column m{_colour(mark)}", "x": _near(x.at(i)), "y": _near(y.start)}
+        SubElement(SubElement(svg, "rect", place | size), "title").text = f"{token}: {blocks} of {depth} blocks"
+    _write(svg, (x.start + x.end) / 2, y.end + 33, "token of the prompt", "title middle")
+    words = _write(svg, 10, (y.start + y.end) / 2, "blocks that read it", "title middle")
+    words.set("transform", f"rotate(-90 10 {_near((y.start + y.end) / 2)})")
     return _text(svg)
 
 

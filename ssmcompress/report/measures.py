@@ -117,7 +117,8 @@ def _text_words(evaluation: Evaluation, documents: int) -> str:
     summary = evaluation.summary
     text = "the shipped Wikipedia pages (test split of WikiText-2)" if summary.text == "default" else summary.text
     count = f"{documents} document{'s' * (documents > 1)} of " if documents else ""
-    return f"{count}{text}, every byte, in windows of {summary.length} tokens"
+    read = f", of which the first {summary.context} are read and not scored" if summary.context else ""
+    return f"{count}{text}, every byte, in windows of {summary.length} tokens{read}"
 
 
 def _probe(probe: Probe, where: str) -> tuple[Measure, Figure]:

@@ -47,6 +47,7 @@ class Family:
     accuracies: tuple[drawings.Drawing, ...]
     speed: Table | None
     layers: tuple[drawings.Drawing, ...]
+    passages: tuple[drawings.Drawing, ...]
     coverage: Table | None
     stories: tuple[Story, ...]
     environment: Table
@@ -122,6 +123,7 @@ def _family(members: Sequence[Member]) -> Family:
         accuracies=tuple(drawings.accuracies(members)),
         speed=tables.speed(members),
         layers=(*drawings.layers(members), *drawings.grids(members)),
+        passages=tuple(drawings.passages(members)),
         coverage=tables.covered(members),
         stories=tuple(_story(each) for each in members if each.checkpoint.made),
         environment=tables.environment(members),

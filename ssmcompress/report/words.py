@@ -61,13 +61,15 @@ def brief(recipe: Recipe | None, verb: str) -> str:
 def sentences(made: Made) -> list[str]:
     """What was done, step by step, on what text, and how it was checked."""
     recipe, told = made.recipe, made.manifest
-    found = [] if recipe is None else [_sentence(step) for step in recipe.steps]
+    steps = recipe.steps if recipe else ()
+    found = [_sentence(step) for step in steps if not isinstance(step, ReduceTokens)]
+    found += [told.tokens.told] if told.tokens else []
     if told.verb == "apply":
         found.append("The edits of an earlier run were applied again, without calibration of their own.")
     if told.calibration is not None:
         text = told.calibration
         found.append(f"Calibrated on {text.windows} windows of {text.length} tokens of {text.source}{_mixed(recipe)}.")
-    elif recipe is not None:
+    elif any(not isinstance(step, ReduceTokens) for step in steps):
         found.append("No calibration: the scores come from the weights alone.")
     if told.sparsity:
         found.append(f"Of the pruned tensors, {told.sparsity:.1%} of the entries are zero as stored.")
@@ -89,12 +91,9 @@ def _brief(step: Step) -> str:
     return f"{_method(step)} {much}{where}"
 
 
-def _sentence(step: Step) -> str:
+def _sentence(step: Prune | Cut) -> str:
     if isinstance(step, Cut):
         return f"Of the {step.axis}s, {_amount(step)} stay, chosen by {step.criterion}; the others are removed."
-    if isinstance(step, ReduceTokens):
-        after = f"after blocks {', '.join(map(str, step.layers))}" if step.layers else "after some blocks"
-        return f"While a prompt is read tokens leave {after}, chosen by {step.method}: {_saving(step)}."
     names = tuple(name for name in step.include if name != DECAYS)
     if step.method in SPARSESSM or (step.include and not names):
         return _forgets(step)

@@ -1,6 +1,7 @@
 """Token reduction from the verb to the folder, and what every other verb makes of that folder."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from ssmcompress.cli import main
 from ssmcompress.edits import Reduce
 from ssmcompress.edits import load as load_edits
 from ssmcompress.errors import InputError, RecipeError, UnsupportedError
-from ssmcompress.policy import KEY
+from ssmcompress.policy import KEY, TokenPolicy
+from ssmcompress.report.checkpoints import read
+from ssmcompress.tokens.schedule import lengths
 
 IDS = torch.arange(5, 45)[None]
 
@@ -104,6 +107,35 @@ def test_tasks_score_every_token_of_a_continuation(reduced: Path) -> None:
     figures = [each.value for each in found.tasks]
     assert figures == pytest.approx([each.value for each in again.tasks], rel=1e-4)
     assert figures != [each.value for each in dense.tasks]
+
+
+def test_compare_says_that_one_was_read_whole(reduced: Path, tmp_path: Path) -> None:
+    for name, model in (("dense", f"ref:{reduced.name}"), ("reduced", str(reduced))):
+        found = ssmcompress.evaluate(model, perplexity="default", limit=2, out=tmp_path / name)
+    assert found.context == 256
+    assert found.flops_reduction == pytest.approx(0.2, abs=1e-4)
+    with pytest.raises(InputError, match="differ in --context: 0 and 256"):
+        ssmcompress.compare(tmp_path / "dense", tmp_path / "reduced")
+
+
+def test_the_report_tells_policies_of_the_same_weights_apart(tmp_path: Path) -> None:
+    for rule in ("stride", "random"):
+        ssmcompress.reduce_tokens("ref:mamba", out=tmp_path / rule, method=rule)
+    ssmcompress.evaluate(str(tmp_path / "stride"), perplexity="default", limit=2, out=tmp_path / "measured")
+    folders = [tmp_path / name for name in ("stride", "random", "measured")]
+    page = ssmcompress.report(*folders, out=tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "stride = random" not in page
+    (through,) = re.findall(r"stride \(tokens by stride, 20% of the work saved\): (\d+) of 256 tokens go through", page)
+    policy = TokenPolicy.read(json.loads((tmp_path / "stride" / "config.json").read_text())[KEY])
+    assert int(through) == 1 + lengths(255, 6, policy)[5]  # the first token, the end of a text, never leaves
+    assert page.count("Tokens kept over depth") == 2
+    assert page.count("by the rule random: 20.0% of the blocks") == 1
+    assert "windows of 512 tokens, of which the first 256 are read and not scored" in page
+    assert "No calibration" not in page
+    found = {each.label: each for each in read(folders)}
+    assert found["ref:mamba"].dense
+    assert found["stride"].source.label == found["random"].source.label == "ref:mamba"
+    assert len(found["stride"].evaluations) == 1 and not found["random"].evaluations
 
 
 @pytest.mark.parametrize(
