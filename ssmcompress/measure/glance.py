@@ -19,7 +19,7 @@ COPIES, LOOKUPS = 64, 256  # items of the probes: a few seconds, and errors of s
 
 @dataclass(frozen=True)
 class Glance:
-    """Likelihood of the shipped pages, the probes that this tokenizer has words for, and a passage that loses tokens."""
+    """Likelihood of the shipped pages, the probes that this tokenizer has words for, a passage that loses tokens."""
 
     likelihood: Perplexity
     memory: tuple[recall.Recall, ...]

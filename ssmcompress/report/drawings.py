@@ -12,7 +12,6 @@ from ssmcompress.report.figures import Point, Share
 from ssmcompress.report.measures import Measure
 from ssmcompress.report.tables import Member
 
-
 PALEST = 0.2  # how visible a token would be that no block reads
 
 

@@ -31,7 +31,8 @@ class Selection:
         return Tokens(_packed(output), _packed(residual), _packed(positions, GONE), _packed(free))
 
     def _row(self, layer: int, tokens: Tokens, b: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        real = (tokens.positions[b] != GONE).nonzero().flatten()
+        there = tokens.positions[b] != GONE
+        real = slice(None) if bool(there.all()) else there
         output, residual, positions, free = (
             part[b, real] for part in (tokens.output, tokens.residual, tokens.positions, tokens.free)
         )
@@ -41,23 +42,23 @@ class Selection:
             removal = RULES[self.policy.method](
                 Row(layer, output[places], positions[places], scan, places), count, self.policy
             )
+            stays = torch.ones_like(free).index_fill(0, places[removal.gone], False)
             output, residual = (
-                merged(part, places, removal, self.policy.merge, whole)
+                merged(part, places, removal, stays, self.policy.merge, whole)
                 for part, whole in ((output, False), (residual, True))
             )
-            stays = torch.ones_like(free).index_fill(0, places[removal.gone], False)
-            output, residual, positions, free = (part[stays] for part in (output, residual, positions, free))
+            positions, free = positions[stays], free[stays]
         return output, residual, positions, free
 
 
-def merged(x: Tensor, places: Tensor, removal: Removal, merge: str, whole: bool) -> Tensor:
-    """x [L, d] in which tokens hold what merges into them: all that has a place to go, or but for the lost ones.
+def merged(x: Tensor, places: Tensor, removal: Removal, stays: Tensor, merge: str, whole: bool) -> Tensor:
+    """x [stays] of x [L, d], stays [L] bool, with what merges into each: all that has a place to go, or but the lost.
 
     The mean of a token and its sources, or (b + a) / 2 for one source after the other in the order of the text.
     """
-    taken = (removal.into >= 0) if whole else ~removal.lost
+    kept, taken = x[stays], (removal.into >= 0) if whole else ~removal.lost
     if not bool(taken.any()):
-        return x
+        return kept
     gone, into = removal.gone[taken].sort()
     into = removal.into[taken][into]
     targets, which, number = into.unique(return_inverse=True, return_counts=True)
@@ -72,7 +73,7 @@ def merged(x: Tensor, places: Tensor, removal: Removal, merge: str, whole: bool)
         share = 0.5 ** (number[which] - _rank(which))
     new = x[places[targets]].float() * own[:, None]
     new = new.index_add(0, which, sources * share[:, None])
-    return x.index_copy(0, places[targets], new.to(x.dtype))
+    return kept.index_copy_(0, (stays.cumsum(0) - 1)[places[targets]], new.to(x.dtype))
 
 
 def install(model: nn.Module, policy: TokenPolicy | None) -> None:
@@ -89,7 +90,7 @@ def _rank(which: Tensor) -> Tensor:
     return rank
 
 
-def _scan(scan: Scan, b: int, real: Tensor) -> Scan:
+def _scan(scan: Scan, b: int, real: Tensor | slice) -> Scan:
     """What the scan took in of one row."""
     x, dt, B, C = (part[b, real][None] for part in (scan.x, scan.dt, scan.B, scan.C))
     return scan._replace(x=x, dt=dt, B=B, C=C)
@@ -97,6 +98,8 @@ def _scan(scan: Scan, b: int, real: Tensor) -> Scan:
 
 def _packed(rows: tuple[Tensor, ...], padding: float = 0.0) -> Tensor:
     """Rows [L, …] of different lengths as one tensor, padded in front."""
+    if len(rows) == 1:
+        return rows[0][None]
     if len({len(row) for row in rows}) == 1:
         return torch.stack(rows)
     return pad_sequence(list(rows), batch_first=True, padding_value=padding, padding_side="left")

@@ -84,11 +84,15 @@ def test_merging_by_hand() -> None:
         want = x.clone()
         for place, value in expected.items():
             want[places[place]] = value
-        torch.testing.assert_close(merged(x, places, removal(), merge, whole), want)
+        stays = torch.ones(9, dtype=torch.bool)
+        torch.testing.assert_close(merged(x, places, removal(), stays, merge, whole), want)
+        stays[places[removal().gone]] = False
+        torch.testing.assert_close(merged(x, places, removal(), stays, merge, whole), want[stays])
 
 
 def test_the_released_rule_merges_the_larger_half_of_every_channel() -> None:
     x, places = torch.tensor([[1.0, 8.0], [0.0, 0.0], [5.0, 1.0]]), torch.arange(3)
     gone = Removal(torch.tensor([0, 2]), torch.tensor([1, 1]), torch.tensor([False, False]), topmost=True)
-    assert merged(x, places, gone, "mean", False)[1].tolist() == [2.5, 4.0]
-    assert merged(x, places, gone, "mean", True)[1].tolist() == [2.0, 3.0]
+    stays = torch.tensor([False, True, False])
+    assert merged(x, places, gone, stays, "mean", False).tolist() == [[2.5, 4.0]]
+    assert merged(x, places, gone, stays, "mean", True).tolist() == [[2.0, 3.0]]
