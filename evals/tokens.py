@@ -3,8 +3,9 @@
 python -m evals.tokens --data DIR    half an hour on two cores: it goes on where it was, in evals/results/tokens-*.json
 python -m evals.tokens               writes the tables evals/results/tokens-*.md from what is kept
 
-DIR holds gutenberg/, whose Jane Eyre is the validation text: the default rule is chosen on it. Of every window of 512
-tokens the first 256 are the prompt, of which tokens leave, and the others are scored.
+DIR holds gutenberg/, whose Jane Eyre is the validation text: the default rule is chosen on it, and on key-value items
+apart from those that are reported. Of every window of 512 tokens the first 256 are the prompt, of which tokens leave,
+and the others are scored.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from ssmcompress.events import Emit, Note, Terminal
 from ssmcompress.measure import text
 from ssmcompress.measure.exercises import Vocabulary
 from ssmcompress.measure.perplexity import DocumentScore, paired_difference, perplexity
-from ssmcompress.measure.recall import copy_probe, key_value_probe
+from ssmcompress.measure.recall import copy_probe, key_value_items, key_value_probe
 from ssmcompress.policy import RULES
 from ssmcompress.steps import ReduceTokens
 from ssmcompress.tokens.schedule import resolved
@@ -35,15 +36,19 @@ HERE = Path(__file__).parent
 KEPT = HERE / "results"
 LEVELS = (0.1, 0.2, 0.3)
 DENSE, LENGTH, CONTEXT, ITEMS, RESAMPLES = "dense", 512, 256, 500, 2000
+VALIDATION = 1  # the seed of key-value items that nothing is reported on
 COLUMNS = (
     "work saved",
     "rule",
     "novel",
+    "8 pairs apart",
     "pages, against dense",
     "LAMBADA, nats",
     "2 pairs",
     "4 pairs",
     "8 pairs",
+    "asked early",
+    "asked late",
     "copy 20",
 )
 
@@ -75,37 +80,61 @@ def cases() -> Iterator[tuple[str, ReduceTokens | None, int]]:
 
 
 def measure(model: str, path: Path, found: dict[str, Any], novel: list[str], tell: Emit) -> None:
-    """Measures the cases that are not there yet, one after the other."""
+    """Measures what is not there yet, one case after the other."""
     checkpoint = load(f"ref:{model}", dtype=torch.float32)
     for name, step, seed in cases():
-        if name in found:
+        each = found.setdefault(name, {})
+        if PARTS.keys() <= each.keys():
             continue
-        arch = checkpoint.arch
-        install(checkpoint.model, step and resolved(step, arch, special_ids(checkpoint), seed))
-        found[name] = figures(checkpoint, novel)
+        install(checkpoint.model, step and resolved(step, checkpoint.arch, special_ids(checkpoint), seed))
+        for key, part in PARTS.items():
+            if key not in each:
+                each |= part(checkpoint, novel)
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(each)}" for key, each in found.items())
         path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-        tell(Note(f"{model}, {name}: {found[name]['novel']:.4f}"))
+        tell(Note(f"{model}, {name}: {each['novel']:.4f}"))
 
 
-def figures(checkpoint: Checkpoint, novel: list[str]) -> dict[str, Any]:
-    """Likelihood of the second halves of windows of novel and pages, of LAMBADA's last words, and memory."""
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+def text_figures(checkpoint: Checkpoint, novel: list[str]) -> dict[str, Any]:
+    """Likelihood of the second halves of windows of the novel, and of pages."""
     how: dict[str, Any] = {"length": LENGTH, "context": CONTEXT}
-    words = Vocabulary.of(tokenizer)
-    probes = [key_value_probe(model, words, pairs, 512, 0) for pairs in (2, 4, 8)]
-    probes.append(copy_probe(model, words, 20, 128, 0))
-    pages = perplexity(model, tokenizer, text.documents(), windows=1, **how)
-    pairs = [[tokenizer(part)["input_ids"] for part in each] for each in lambada()]
-    answers = sorted(likelihoods(model, pairs, batch=16, longest=2048))
+    pages = perplexity(checkpoint.model, checkpoint.tokenizer, text.documents(), windows=1, **how)
     return {
-        "novel": perplexity(model, tokenizer, novel, **how).bits_per_byte,
+        "novel": perplexity(checkpoint.model, checkpoint.tokenizer, novel, **how).bits_per_byte,
         "pages": pages.bits_per_byte,
         "documents": [asdict(each) for each in pages.documents],
-        "lambada": [round(nats, 5) for _, nats, _ in answers],
-        "lambada_right": sum(right for *_, right in answers),
-        "recall": [(probe.accuracy, probe.standard_error, probe.measurable) for probe in probes],
     }
+
+
+def lambada_figures(checkpoint: Checkpoint, novel: list[str]) -> dict[str, Any]:
+    """Likelihood of LAMBADA's last words, and how many are right."""
+    pairs = [[checkpoint.tokenizer(part)["input_ids"] for part in each] for each in lambada()]
+    answers = sorted(likelihoods(checkpoint.model, pairs, batch=16, longest=2048))
+    right = sum(hit for *_, hit in answers)
+    return {"lambada": [round(nats, 5) for _, nats, _ in answers], "lambada_right": right}
+
+
+def memory_figures(checkpoint: Checkpoint, novel: list[str]) -> dict[str, Any]:
+    """Values found by key among so many pairs, and a copy."""
+    words = Vocabulary.of(checkpoint.tokenizer)
+    probes = [key_value_probe(checkpoint.model, words, pairs, 512, 0) for pairs in (2, 4, 8)]
+    probes.append(copy_probe(checkpoint.model, words, 20, 128, 0))
+    return {"recall": [(probe.accuracy, probe.standard_error, probe.measurable) for probe in probes]}
+
+
+def distance_figures(checkpoint: Checkpoint, novel: list[str]) -> dict[str, Any]:
+    """Of 8 pairs, values found by a key of the first four and of the others; of items apart, all together."""
+    words = Vocabulary.of(checkpoint.tokenizer)
+    ids = key_value_items(words, 8, 512, 0)
+    place = (ids[:, 1:25:3] == ids[:, 27:28]).argmax(1)
+    hits = np.array(key_value_probe(checkpoint.model, words, 8, 512, 0).hits)
+    parts = [hits[place < 4], hits[place >= 4]]
+    apart = key_value_probe(checkpoint.model, words, 8, 512, VALIDATION)
+    told = [(float(part.mean()), float(part.std(ddof=1) / len(part) ** 0.5)) for part in parts]
+    return {"distance": told, "apart": (apart.accuracy, apart.standard_error)}
+
+
+PARTS = {"novel": text_figures, "lambada": lambada_figures, "recall": memory_figures, "distance": distance_figures}
 
 
 def lambada() -> list[tuple[str, str]]:
@@ -125,12 +154,19 @@ def table(model: str, found: dict[str, Any]) -> str:
 def row(name: str, each: dict[str, Any], dense: dict[str, Any]) -> tuple[str, ...]:
     """Cells of one case; changes are paired with dense, with 95 % intervals."""
     level, _, rule = name.partition(" ")
-    memory = tuple(f"{accuracy:.1%} ± {error:.1%}" for accuracy, error, _ in each["recall"])
+    two, four, eight, copied = ((accuracy, error) for accuracy, error, _ in each["recall"])
+    memory = tuple(_percent(*figure) for figure in (each["apart"], two, four, eight, *each["distance"], copied))
     if name == DENSE:
-        return ("", DENSE, f"{each['novel']:.4f}", f"{each['pages']:.4f}", f"{np.mean(each['lambada']):.3f}", *memory)
+        bits, nats = (f"{each['pages']:.4f}", f"{np.mean(each['lambada']):.3f}")
+        return ("", DENSE, f"{each['novel']:.4f}", memory[0], bits, nats, *memory[1:])
     old, new = ([DocumentScore(**score) for score in side["documents"]] for side in (dense, each))
     told = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*paired_difference(old, new))
-    return (level, rule, f"{each['novel']:.4f}", told, _paired(dense["lambada"], each["lambada"]), *memory)
+    nats = _paired(dense["lambada"], each["lambada"])
+    return (level, rule, f"{each['novel']:.4f}", memory[0], told, nats, *memory[1:])
+
+
+def _percent(accuracy: float, error: float) -> str:
+    return f"{accuracy:.1%} ± {error:.1%}"
 
 
 def _paired(old: list[float], new: list[float]) -> str:

@@ -15,6 +15,7 @@ from ssmcompress.arch.scan import Scan
 from ssmcompress.errors import UnsupportedError
 
 GONE = -1  # the position of padding
+PIECE = 1024  # tokens that blocks read at a time before any has left
 
 
 @dataclass(frozen=True)
@@ -112,27 +113,70 @@ class Backbone(nn.Module):
 
     def _reduced(self, hidden: Tensor, positions: Tensor, free: Tensor, cache: Cache | None) -> Tensor:
         """What comes out of the blocks and the last norm, [B, L, d], laid back to where it came from."""
-        select, start, kept = cast(Select, self.select), positions, [positions]
-        for layer, block in enumerate(cast(Any, self.layers)):
-            real = positions != GONE
-            mask = None if bool(real.all()) else real
-            strides = _strides(positions) if select.carries and positions is not start else None
-            watched = select.watches and layer in select.layers
-            residual = hidden.float() if block.residual_in_fp32 else hidden
-            with _watch(block.mixer, watched) as seen:
-                output = block.mixer(
-                    block.norm(hidden.to(block.norm.weight.dtype)),
-                    cache_params=cache,
-                    attention_mask=mask,
-                    strides=strides,
-                )
-            if layer in select.layers:
-                tokens = select(layer, Tokens(output, residual, positions, free, seen.get("scan")))
-                output, residual, positions, free = tokens.output, tokens.residual, tokens.positions, tokens.free
+        start, kept = positions, [positions]
+        for stage in self._stages(hidden.shape[1]):
+            kept += [positions] * (len(stage) - 1)
+            hidden, positions, free = self._stage(stage, hidden, positions, free, cache, positions is start)
             kept.append(positions)
-            hidden = residual + output
         self.kept = tuple(kept)
         return _laid_back(self.norm_f(hidden), positions, start)
+
+    def _stage(
+        self, stage: range, hidden: Tensor, positions: Tensor, free: Tensor, cache: Cache | None, whole: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes out of blocks that run together, [B, L, d], positions and free: of all tokens or those that stay.
+
+        `whole` where none has left before.
+        """
+        select, last = cast(Select, self.select), stage[-1]
+        strides = _strides(positions) if select.carries and not whole else None
+        with _watch(cast(Any, self.layers)[last].mixer, select.watches and last in select.layers) as seen:
+            output, residual = self._run(stage, hidden, positions, cache, strides)
+        if last not in select.layers:
+            return residual + output, positions, free
+        tokens = select(last, Tokens(output, residual, positions, free, seen.get("scan")))
+        return tokens.residual + tokens.output, tokens.positions, tokens.free
+
+    def _stages(self, length: int) -> list[range]:
+        """Blocks that run together: those of a long prompt up to where tokens first leave, then each by itself."""
+        select, depth = cast(Select, self.select), len(cast(Any, self.layers))
+        first = 1 + min(select.layers, default=0)
+        if length <= PIECE or select.watches or torch.is_grad_enabled():
+            first = 1
+        return [range(first), *(range(layer, layer + 1) for layer in range(first, depth))]
+
+    def _run(
+        self, stage: range, hidden: Tensor, positions: Tensor, cache: Cache | None, strides: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The output of the last mixer of a stage, and what it adds to.
+
+        Blocks that run together read a piece of the prompt after the other: they see all of it, and would need the most
+        memory otherwise.
+        """
+        if len(stage) == 1:
+            return self._mix(stage[0], hidden, positions, cache, strides)
+        cache = DynamicCache(config=cast(Any, self.config)) if cache is None else cache
+        outputs, residuals = [], []
+        for part, where in zip(hidden.split(PIECE, 1), positions.split(PIECE, 1), strict=True):
+            for layer in stage:
+                output, residual = self._mix(layer, part, where, cache, None)
+                part = residual + output
+            outputs.append(output)
+            residuals.append(residual)
+        return torch.cat(outputs, 1), torch.cat(residuals, 1)
+
+    def _mix(
+        self, layer: int, hidden: Tensor, positions: Tensor, cache: Cache | None, strides: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The output of one mixer, and what it adds to."""
+        block, real = cast(Any, self.layers)[layer], positions != GONE
+        output = block.mixer(
+            block.norm(hidden.to(block.norm.weight.dtype)),
+            cache_params=cache,
+            attention_mask=None if bool(real.all()) else real,
+            strides=strides,
+        )
+        return output, hidden.float() if block.residual_in_fp32 else hidden
 
 
 @contextmanager

@@ -77,8 +77,7 @@ def key_value_probe(
     model: nn.Module, vocabulary: Vocabulary, pairs: int, items: int, seed: int, batch: int = 64
 ) -> Recall:
     """Share of items whose right value ranks first among the values in context; the query is never the last pair."""
-    rng = _generator(seed, 2, pairs)
-    rows = _rows(vocabulary, [key_value(vocabulary, pairs, 1, rng) for _ in range(items)])
+    rows = key_value_items(vocabulary, pairs, items, seed)
     right, logp = [], []
     asked = 3 * pairs + 3
     for ids, logits in _batches(model, rows, asked, batch):
@@ -88,6 +87,12 @@ def key_value_probe(
         right.append(((among >= scores.gather(-1, gold)).sum(-1) == 1).float())  # a tie is no answer
         logp.append(scores.gather(-1, gold)[:, 0])
     return _summary("key-value", pairs, rows, right, logp, 1 / pairs)
+
+
+def key_value_items(vocabulary: Vocabulary, pairs: int, items: int, seed: int) -> np.ndarray:
+    """The items of that probe [items, 1 + tokens], which depend on the seed alone."""
+    rng = _generator(seed, 2, pairs)
+    return _rows(vocabulary, [key_value(vocabulary, pairs, 1, rng) for _ in range(items)])
 
 
 def _rows(vocabulary: Vocabulary, exercises: list[Exercise]) -> np.ndarray:

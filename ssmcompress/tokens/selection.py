@@ -77,8 +77,8 @@ def merged(x: Tensor, places: Tensor, removal: Removal, stays: Tensor, merge: st
 
 
 def install(model: nn.Module, policy: TokenPolicy | None) -> None:
-    """Lets a model of ours reduce tokens by a policy, or not at all."""
-    cast(Any, model).backbone.select = None if policy is None else Selection(policy)
+    """Lets a model of ours reduce tokens by a policy; without one, and by one that keeps all, it is dense."""
+    cast(Any, model).backbone.select = None if policy is None or policy.keep == 1 else Selection(policy)
 
 
 def _rank(which: Tensor) -> Tensor:

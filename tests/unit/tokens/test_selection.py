@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssmcompress.arch import backbone
 from ssmcompress.arch.backbone import dense, protect
 from ssmcompress.arch.scan import stride
 from ssmcompress.checkpoint.source import Checkpoint, load
@@ -70,6 +71,33 @@ def test_every_row_is_that_of_the_prompt_alone(checkpoint: Checkpoint, method: s
         alone = logits(model, ids[:1, mask[0].bool()])
         torch.testing.assert_close(both[:1, mask[0].bool()], alone, rtol=1e-4, atol=1e-4, equal_nan=True)
         torch.testing.assert_close(both[1:], logits(model, ids[1:]), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("padded", [slice(0, 9), slice(32, 41), slice(0, 0)])
+def test_a_prompt_read_in_pieces_is_the_prompt(
+    checkpoint: Checkpoint, padded: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = checkpoint.model, prompt(41, 2)
+    mask = torch.ones_like(ids)
+    mask[0, padded] = 0
+    install(model, policy("stride", decay="carry"))
+
+    @torch.no_grad()
+    def read() -> tuple[Tensor, Tensor]:
+        found = model(ids, attention_mask=mask, use_cache=True)
+        longer = torch.cat([mask, mask[:, -1:]], 1)
+        after = model(ids[:, :1], attention_mask=longer, cache_params=found.cache_params, use_cache=True)
+        return found.logits, after.logits
+
+    whole, kept = read(), model.backbone.kept
+    monkeypatch.setattr(backbone, "PIECE", 7)
+    with torch.no_grad():
+        assert [len(stage) for stage in model.backbone._stages(41)] == [2, 1, 1, 1, 1]
+    assert [len(stage) for stage in model.backbone._stages(41)] == [1] * 6
+    for got, want in zip(read(), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.backbone.kept, kept, strict=True))
+    torch.testing.assert_close(logits(model, ids, mask), whole[0], rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_special_and_protected_tokens_never_leave(checkpoint: Checkpoint) -> None:
