@@ -44,6 +44,7 @@ COLUMNS = (
     "8 pairs apart",
     "pages, against dense",
     "LAMBADA, nats",
+    "LAMBADA right",
     "2 pairs",
     "4 pairs",
     "8 pairs",
@@ -156,13 +157,14 @@ def row(name: str, each: dict[str, Any], dense: dict[str, Any]) -> tuple[str, ..
     level, _, rule = name.partition(" ")
     two, four, eight, copied = ((accuracy, error) for accuracy, error, _ in each["recall"])
     memory = tuple(_percent(*figure) for figure in (each["apart"], two, four, eight, *each["distance"], copied))
+    right = f"{each['lambada_right'] / len(each['lambada']):.1%}"
     if name == DENSE:
         bits, nats = (f"{each['pages']:.4f}", f"{np.mean(each['lambada']):.3f}")
-        return ("", DENSE, f"{each['novel']:.4f}", memory[0], bits, nats, *memory[1:])
+        return ("", DENSE, f"{each['novel']:.4f}", memory[0], bits, nats, right, *memory[1:])
     old, new = ([DocumentScore(**score) for score in side["documents"]] for side in (dense, each))
     told = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*paired_difference(old, new))
     nats = _paired(dense["lambada"], each["lambada"])
-    return (level, rule, f"{each['novel']:.4f}", memory[0], told, nats, *memory[1:])
+    return (level, rule, f"{each['novel']:.4f}", memory[0], told, nats, right, *memory[1:])
 
 
 def _percent(accuracy: float, error: float) -> str:
