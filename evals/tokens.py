@@ -21,9 +21,9 @@ import torch
 
 from evals.axes import documents
 from ssmcompress.checkpoint.source import Checkpoint, load, special_ids
-from ssmcompress.evaluate.continuations import likelihoods
 from ssmcompress.events import Emit, Note, Terminal
 from ssmcompress.measure import text
+from ssmcompress.measure.continuations import likelihoods
 from ssmcompress.measure.exercises import Vocabulary
 from ssmcompress.measure.perplexity import DocumentScore, paired_difference, perplexity
 from ssmcompress.measure.recall import copy_probe, key_value_items, key_value_probe

@@ -24,6 +24,7 @@ FUNCTIONS = {
     "reduce_tokens": "ssmcompress.run",
     "report": "ssmcompress.report.page",
     "run": "ssmcompress.run",
+    "tune_state": "ssmcompress.tune_state",
 }
 
 __all__ = ["__version__", *FUNCTIONS]

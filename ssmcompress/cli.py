@@ -1,22 +1,17 @@
 """The command line: each verb parses, calls the function of its name, and turns what went wrong into an exit code."""
 
-import difflib
-import errno
 import os
-import re
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
 import ssmcompress
-from ssmcompress.errors import ResourceError, SsmcompressError, out_of_memory
-from ssmcompress.events import Emit, Failed, JsonLines, Terminal
+from ssmcompress.events import JsonLines, Terminal
+from ssmcompress.exits import misused, telling
 from ssmcompress.options import (
     GATE,
     OUTPUT,
@@ -50,17 +45,9 @@ from ssmcompress.options import (
     with_pruning_options,
     with_reducing_options,
 )
+from ssmcompress.tuning_options import with_tuning_options
 
-INTERRUPTED, BROKEN_PIPE = 130, 141
 REPEATABLE = {"include", "exclude", "overrides", "max_drop"}
-RESOURCES = {
-    errno.EACCES: "may not be read or written",
-    errno.EPERM: "may not be changed",
-    errno.EROFS: "lies on a read-only disk",
-    errno.ENOSPC: "does not fit: the disk is full",
-    errno.EDQUOT: "does not fit: the quota is used up",
-    errno.ENOMEM: "does not fit into memory",
-}
 
 app = typer.Typer(
     name="ssmcompress",
@@ -73,55 +60,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-@contextmanager
-def telling(json: bool) -> Iterator[Emit]:
-    """A listener for the work inside, whose errors become sentences and exit codes."""
-    terminal = Terminal()
-    emit: Emit = JsonLines(sys.stdout) if json else terminal
-    try:
-        with terminal:
-            yield emit
-            sys.stdout.flush()
-    except SsmcompressError as error:
-        _fail(error, emit if json else None)
-    except KeyboardInterrupt:
-        again = "What prune, run and eval had finished is kept: the same command goes on from there."
-        terminal(Failed("Interrupted: nothing was written under the final name.", again, INTERRUPTED))
-        raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
-        # the reader left: whatever is flushed at exit must not complain again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(BROKEN_PIPE) from None
-    except Exception as error:
-        resource = _resource(error)
-        if resource is None:
-            traceback.print_exc()
-            terminal(Failed("This is a bug in ssmcompress.", "Please report it with the lines above."))
-            raise typer.Exit(1) from None
-        _fail(resource, emit if json else None)
-
-
-def _fail(error: SsmcompressError, emit: Emit | None) -> NoReturn:
-    event = Failed(error.message, error.hint, error.exit_code)
-    if emit is not None:
-        emit(event)
-    Terminal()(event)
-    raise typer.Exit(error.exit_code) from None
-
-
-def _resource(error: Exception) -> ResourceError | None:
-    """What the machine did not give, or None where the error is something else."""
-    text = str(error)
-    rust = re.search(r"Os \{ code: (\d+)", text)  # safetensors passes the system's error on as text
-    code = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
-    if code in RESOURCES:
-        name = getattr(error, "filename2", None) or getattr(error, "filename", None) or "A file"
-        return ResourceError(f"{name} {RESOURCES[code]}.", hint="Make room, or choose another folder with --out.")
-    if out_of_memory(error):
-        return ResourceError("Memory ran out.", hint="Lower --windows, --length or --batch-size.")
-    return None
 
 
 def _call(verb: str, *subjects: Any, json: bool, **options: Any) -> None:
@@ -169,6 +107,14 @@ def reduce_tokens(
     """Let tokens of long prompts leave on their way through the blocks, and measure what that costs."""
     given = {name: value for name, value in options.items() if value is not None}
     _call("reduce_tokens", model=model, out=out, overwrite=overwrite, no_eval=no_eval, **given)
+
+
+@app.command("tune-state", epilog="Example: ssmcompress tune-state ref:mamba --data train.jsonl --out adapter")
+@with_tuning_options
+def tune_state(model: Model, *, out: Out, overwrite: Overwrite = False, **options: Any) -> None:
+    """Learn a few tensors in state space from examples, write them as an adapter, and measure it."""
+    given = {name: value for name, value in options.items() if value is not None}
+    _call("tune_state", model=model, out=out, overwrite=overwrite, **given)
 
 
 @app.command(epilog="Example: ssmcompress plan ref:mamba --pattern 2:4")
@@ -377,21 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = app(given, prog_name="ssmcompress", standalone_mode=False)
     except typer.TyperException as error:
         if error.format_message():  # else there were no arguments, and typer has shown the help
-            event = _usage(error, given)
+            event = misused(error, given)
             if "--json" in given:
                 JsonLines(sys.stdout)(event)
             Terminal()(event)
         code = error.exit_code
     sys.exit(code)
-
-
-def _usage(error: typer.TyperException, given: Sequence[str] = ()) -> Failed:
-    message = error.format_message().replace("Value error, ", "")  # pydantic's words, which typer passes on
-    context = getattr(error, "ctx", None)
-    hint = f"See `{context.command_path if context else 'ssmcompress'} --help`."
-    if "'MODEL'" in message and "--perplexity" in given:
-        hint = f"--perplexity takes the word behind it as its text: put MODEL first. {hint}"
-    choice = re.search(r"'([^']*)' is not one of (.*)", message)
-    if choice and (close := difflib.get_close_matches(choice[1], re.findall(r"'([^']*)'", choice[2]), n=1)):
-        hint = f"Did you mean {close[0]!r}? {hint}"
-    return Failed(message, hint, error.exit_code)

@@ -326,15 +326,16 @@ def _reducing_options(
 
 def with_pruning_options(verb: Callable[..., None]) -> Callable[..., None]:
     """Puts what `prune` and `plan` have in common between a verb's own parameters and its `**options`."""
-    return _with(_pruning_options, verb)
+    return with_options(_pruning_options, verb)
 
 
 def with_reducing_options(verb: Callable[..., None]) -> Callable[..., None]:
     """Puts the options of token reduction there."""
-    return _with(_reducing_options, verb)
+    return with_options(_reducing_options, verb)
 
 
-def _with(options: Callable[..., None], verb: Callable[..., None]) -> Callable[..., None]:
+def with_options(options: Callable[..., None], verb: Callable[..., None]) -> Callable[..., None]:
+    """Puts the parameters of one function between a verb's own and its `**options`."""
     own = [each for each in inspect.signature(verb).parameters.values() if each.kind != each.VAR_KEYWORD]
     verb.__signature__ = inspect.Signature([*own, *inspect.signature(options).parameters.values()])  # type: ignore[attr-defined]
     return verb

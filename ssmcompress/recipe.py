@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, get_args
+from typing import Annotated, Any, Literal, Required, TypedDict, get_args
 
 import yaml
 from pydantic import (
@@ -22,6 +22,7 @@ from pydantic import (
 
 from ssmcompress.errors import RecipeError
 from ssmcompress.steps import KINDS, METHODS, Cut, Method, Prune, ReduceTokens, Step, Strict, beyond_defaults
+from ssmcompress.tuning import TuneState
 
 
 def _no_switch(value: Any) -> Any:
@@ -167,6 +168,32 @@ class ReduceOptions(TypedDict, total=False):
     backend: str
 
 
+class TuneOptions(TypedDict, total=False):
+    """What `tune_state` takes beside the model; what is left out has the default of the schema."""
+
+    method: str
+    form: str | None
+    rank: int | None
+    alpha: float | None
+    targets: Sequence[str]
+    data: Required[str]
+    valid: str | None
+    test: str | None
+    split: str | None
+    prompt: str | None
+    completion: str | None
+    length: int
+    steps: int
+    lr: float | None
+    batch_size: int
+    accumulate: int
+    every: int | None
+    objective: str
+    teacher: str | None
+    hidden: float | None
+    checkpointing: bool
+
+
 CALIBRATION = {"calib": "text", "calib_split": "split", "calib_column": "column", "calib_mix": "mix"}
 OPTIONS = {field: option for option, field in CALIBRATION.items()}
 
@@ -201,6 +228,17 @@ def reducing(model: str, options: ReduceOptions) -> Recipe:
     step = {name: value for name, value in options.items() if name in ReduceTokens.model_fields}
     rest = {name: value for name, value in options.items() if name not in step}
     return _validated({"model": model, "steps": [{"step": "reduce-tokens"} | step]} | rest, _option)
+
+
+def tuning(options: TuneOptions) -> TuneState:
+    """The step that learns; RecipeError as of `pruning`."""
+    _require_known(options, TuneOptions)
+    try:
+        return TuneState.model_validate(options)
+    except ValidationError as error:
+        raise RecipeError(
+            "; ".join(sentence(item, _option(("steps", 0, *item["loc"]))) for item in error.errors()) + "."
+        ) from None
 
 
 def _require_known(options: Mapping[str, Any], kind: type) -> None:

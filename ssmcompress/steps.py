@@ -4,9 +4,10 @@ import re
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ssmcompress.policy import HALVING, MATCHING, RANKING, Decay, Importance, Merge, Rule
+from ssmcompress.schema import Strict
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Scope = Literal["row", "tensor"]
@@ -28,10 +29,6 @@ INNER = ("channel", "head", "head_channel")  # axes whose units are inputs of ou
 USUAL = dict.fromkeys(INNER, "refit") | {"width": "rescale"}  # corrections; others: none
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class Prune(Strict):
     """Zeroes weights: a share of each tensor or row (half unless told), or M - N of every M inputs.
 
@@ -49,7 +46,7 @@ class Prune(Strict):
     scope: Scope | dict[str, Scope] | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    modules: dict[str, Ratio] = {}
+    modules: dict[str, Ratio] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

@@ -22,6 +22,7 @@ Taps = Callable[[str, Any], None]
 Offset = Callable[[Tensor], Tensor]
 BIAS = "mixer.out_proj.bias"
 ROTATION = ("mixer.rotation.B", "mixer.rotation.C")
+PORTS = ("offset", "initial_state", "initial_inputs")  # of a mixer: what may be learned there
 DECAYS = "A_log"  # what makes states remember, named beside modules that have a weight
 
 
@@ -61,6 +62,10 @@ class Arch(ABC):
     @abstractmethod
     def model_class(self) -> type[PreTrainedModel]:
         """The stock causal language model with our mixer in every block."""
+
+    @abstractmethod
+    def state(self, layer: int) -> tuple[int, ...]:
+        """The shape of one sequence's state in a block: [D, N], or [H, P, N] where channels have heads."""
 
     @property
     def width(self) -> int:
@@ -261,7 +266,7 @@ class Arch(ABC):
 
 
 class Mixer(nn.Module):
-    """The ports of a mixer: unused they are None and cost nothing."""
+    """The ports of a mixer: unused they are None and cost nothing (see `adopt`)."""
 
     layer_idx: int
     activation: str
@@ -272,8 +277,9 @@ class Mixer(nn.Module):
     backend: kernels.Backend = kernels.AUTO
     taps: Taps | None = None  # called with (module, its input) before each prunable module and a gated norm, and
     # with ("scan", Scan)
-    offset: Offset | None = None  # C → what to add to the scan's output before the gate
-    initial_state: Tensor | None = None  # the state before the first token, broadcast over the batch
+    offset: Offset | None  # C → what to add to the scan's output before the gate
+    initial_state: Tensor | None  # the state before the first token, broadcast over the batch
+    initial_inputs: Tensor | None  # [C, K-1]: what the convolution has read before it
 
     def tap(self, module: str, seen: "Tensor | Scan") -> None:
         """Shows the input of a module, or of the scan, to whoever watches."""
@@ -300,6 +306,8 @@ class Mixer(nn.Module):
     def convolve(self, x: Tensor, left: Tensor | None, cache: Cache | None, mask: Tensor | None) -> Tensor:
         """The short convolution and its activation: x [B, L, C] → [B, L, C]; the cache keeps the last inputs."""
         silu = self.activation in ("silu", "swish")
+        if left is None and self.initial_inputs is not None:
+            x, left = _begun(x, self.initial_inputs.to(x.dtype), mask)
         y = self.backend.conv(x, self.conv1d.weight[:, 0], self.conv1d.bias, left, silu)
         if cache is not None:  # only now: left is a view of what the cache holds
             self._remember(cache, x, left, mask)
@@ -319,6 +327,19 @@ class Mixer(nn.Module):
             take = ends[:, None] + torch.arange(kernel, device=mask.device)
             x = x.gather(1, take[..., None].expand(-1, -1, x.shape[2]))
         cache.update_conv_state(x[:, -kernel:].transpose(1, 2), self.layer_idx, conv_kernel_size=kernel)
+
+
+def _begun(x: Tensor, inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x [B, L, C] and what came before it [B, C, K-1], with inputs [C, K-1] before the first real token of each row."""
+    batch, _, channels = x.shape
+    left = inputs.expand(batch, *inputs.shape)
+    if mask is None:
+        return x, left
+    first = mask.int().argmax(1)
+    places = first[:, None] + torch.arange(inputs.shape[1], device=x.device)
+    whole = torch.cat([x.new_zeros(batch, inputs.shape[1], channels), x], dim=1)
+    whole = whole.scatter(1, places[..., None].expand(-1, -1, channels), left.transpose(1, 2))
+    return whole[:, inputs.shape[1] :], whole[:, : inputs.shape[1]].transpose(1, 2)
 
 
 def real_positions(mask: Tensor | None, length: int) -> Tensor | None:
@@ -348,6 +369,8 @@ def adopt(blocks: nn.ModuleList, *kinds: type[Mixer]) -> None:
     """Gives every block's mixer our forward, of the kind that it is of: the same parameters under the same names."""
     for block in blocks:
         block.mixer.__class__ = next(kind for kind in kinds if issubclass(kind, type(block.mixer)))
+        for port in PORTS:  # of its own, for a class's None would hide the parameter or module that is put there
+            setattr(block.mixer, port, None)
 
 
 def fill_buffers(model: nn.Module, device: str | torch.device) -> None:

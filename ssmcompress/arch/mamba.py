@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import FalconMambaConfig, MambaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.falcon_mamba import modeling_falcon_mamba as stock_falcon
@@ -41,11 +41,17 @@ class _SelectiveMixer(Mixer):
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         dt, B, C = self._normalise(*self.x_proj(x).split(sizes, dim=-1))
         self.tap("dt_proj", dt)
-        dt = hold(F.linear(dt, cast(Tensor, self.dt_proj.weight)), mask)
+        dt = hold(self._unbiased(dt), mask)
         dt, B, _ = stride(dt, B, strides, cast(Tensor, self.dt_proj.bias))
         y = self._scan(x, dt, B, C, z, state, cache_params)
         self.tap("out_proj", y)
         return self.out_proj(y)
+
+    def _unbiased(self, dt: Tensor) -> Tensor:
+        """The step sizes without their bias, which the scan adds; a LoRA around dt_proj takes part."""
+        if isinstance(self.dt_proj, nn.Linear):
+            return F.linear(dt, self.dt_proj.weight)
+        return self.dt_proj(dt) - self.dt_proj.bias
 
     def _normalise(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return dt, B, C
@@ -55,18 +61,16 @@ class _SelectiveMixer(Mixer):
     ) -> Tensor:
         A = decay(self.A_log)
         self.tap("scan", Scan(x[..., None], dt, A, B[:, :, None], C[:, :, None], cast(Tensor, self.dt_proj.bias)))
-        gate = z if self.offset is None else None
         if self.steps(state, x, cache):
-            row = None if gate is None else gate[:, 0]
             y = self.backend.selective_step(
-                state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, row, self.dt_proj.bias
+                state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], self.dt_proj.bias
             )[:, None]
         else:
-            y, state = self.backend.selective_scan(x, dt, A, B, C, self.D, gate, self.dt_proj.bias, state)
+            y, state = self.backend.selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, state)
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
         if self.offset is not None:
-            y = (y + self.offset(C)) * F.silu(z)
+            y = y + self.offset(C) * F.silu(z)
         return y
 
 
@@ -154,6 +158,10 @@ class Mamba(Arch):
             axis.name: replace(axis, slices=tuple(part for part in axis.slices if part.tensor not in gone))
             for axis in axes
         }
+
+    def state(self, layer: int) -> tuple[int, int]:
+        """[D, N]."""
+        return self.sizes[layer]["channel"], self.sizes[layer]["state"]
 
     def state_bytes(self) -> int:
         """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""

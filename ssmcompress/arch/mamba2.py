@@ -160,6 +160,11 @@ class Mamba2(Arch):
         """How many states in_proj gives B and C, before they are rotated."""
         return self.rotated[layer] or self.sizes[layer]["state"]
 
+    def state(self, layer: int) -> tuple[int, int, int]:
+        """[H, P, N]."""
+        block = self.sizes[layer]
+        return block["head"], block["head_channel"], block["state"]
+
     def state_bytes(self) -> int:
         """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""
         left, groups = self.config.conv_kernel - 1, self.config.n_groups

@@ -1,13 +1,10 @@
 """Calibration text becomes token windows: seeded, hashed, and kept in the user's cache."""
 
 import contextlib
-import gzip
 import hashlib
 import json
 import os
-import re
 import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ssmcompress.errors import InputError, ResourceError
+from ssmcompress.calib.rows import LINES, contents, json_rows, names_a_set, set_rows
+from ssmcompress.errors import InputError
 from ssmcompress.paths import expanded
 
 SHIPPED = "calibration.jsonl"
-LINES = frozenset({".jsonl", ".ndjson", ".json"})
-ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 ABUNDANT = 64  # characters of a data set read for each token asked for: some sixteen times what is needed
 CACHED = 1  # the way windows are drawn; a new number lets old caches rest
 
@@ -100,11 +95,12 @@ def documents(
         lines = path.name.removesuffix(".gz").endswith(tuple(LINES))
         if column is not None and not lines:
             raise InputError(f"{path} is plain text: it has no column {column!r}.", hint="Columns are for JSON lines.")
-        found = _json_lines(path, column or "text") if lines else iter([_text(path)])
+        rows = json_rows(path) if lines else iter(())
+        found = (_cell(row, column or "text", where) for where, row in rows) if lines else iter([contents(path)])
     elif path.is_dir():
         raise InputError(f"{source} is a folder.", hint="Give a text file, JSON lines or the id of a data set.")
-    elif ID.fullmatch(str(source)) and not path.name.removesuffix(".gz").endswith((*LINES, ".txt", ".md")):
-        found = _hub(str(source), split or "train", column or "text", limit)
+    elif names_a_set(str(source)):
+        found = _of_set(str(source), split or "train", column or "text", limit)
     else:
         raise InputError(f"There is no file {source}.", hint="Give a text file, JSON lines or the id of a data set.")
     # a lone surrogate, which JSON can hold, is no text that a tokenizer could read
@@ -146,68 +142,17 @@ def _draw(texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: i
     return rows if held <= count else rows[np.sort(rng.choice(held, count, replace=False))]
 
 
-def _text(path: Path) -> str:
-    """The whole of a file, gunzipped where its name says so."""
-    try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text: byte {error.start} cannot be read.", hint="Save it as UTF-8 text or JSON lines."
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is not a sound gzip file: {error}.", hint="Fetch or pack it again.") from error
-    except OSError as error:
-        raise ResourceError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _json_lines(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"Line {number} of {path} is not JSON: {error}.", hint='Each line is one object, like {"text": "…"}.'
-            ) from error
-        yield _cell(row, column, f"Line {number} of {path}")
-
-
-def _hub(name: str, split: str, column: str, limit: int | None) -> Iterator[str]:
-    import datasets
-
-    name, _, config = name.partition(":")
+def _of_set(name: str, split: str, column: str, limit: int | None) -> Iterator[str]:
     size = 0
-    try:
-        # offline only what was fetched before is there, and that cannot be streamed
-        streaming = not datasets.config.HF_HUB_OFFLINE
-        for row in datasets.load_dataset(name, config or None, split=split, streaming=streaming):
-            text = _cell(row, column, f"The {split} split of {name}")
-            yield text
-            size += len(text)
-            if limit is not None and size >= limit:
-                return
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise InputError(
-            f"There is no file {name}, and no data set of this name on the hub.",
-            hint="Check the spelling; a private data set needs `hf auth login`.",
-        ) from error
-    except (ValueError, RuntimeError) as error:
-        why = str(error).splitlines()[0].rstrip(".")
-        raise InputError(
-            f"The data set {name} cannot be read: {why}.", hint="A config is given as id:config."
-        ) from error
-    except (OSError, HTTPError) as error:
-        raise ResourceError(
-            f"There is no file {name}; the hub cannot be reached, and its cache does not hold a data set of this name.",
-            hint="Connect and unset HF_HUB_OFFLINE, or give a text file; without one the shipped text is taken.",
-        ) from error
+    for where, row in set_rows(name, split):
+        text = _cell(row, column, where)
+        yield text
+        size += len(text)
+        if limit is not None and size >= limit:
+            return
 
 
-def _cell(row: Any, column: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is not an object.", hint='Each line is one object, like {"text": "…"}.')
+def _cell(row: dict[str, Any], column: str, where: str) -> str:
     if not isinstance(row.get(column), str):
         what = "no text in" if column in row else "no"
         found = ", ".join(map(str, row)) or "none"

@@ -23,8 +23,13 @@ from ssmcompress.errors import InputError, ResourceError, SsmcompressError, out_
 from ssmcompress.paths import expanded
 
 # with a schema_version, one of them marks a folder as an output
-RESULTS, COMPARISON = "summary.json", "comparison.json"
-OURS = {CHECKPOINT: "a checkpoint", RESULTS: "results of an evaluation", COMPARISON: "a comparison"}
+RESULTS, COMPARISON, TUNING = "summary.json", "comparison.json", "tuning.json"
+OURS = {
+    CHECKPOINT: "a checkpoint",
+    RESULTS: "results of an evaluation",
+    COMPARISON: "a comparison",
+    TUNING: "an adapter",
+}
 MARKER = ".recipe"  # marks an unfinished folder as ours: the hash of the recipe that may go on with it, if any
 CARRIED = (
     "generation_config.json",

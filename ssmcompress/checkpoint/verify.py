@@ -64,6 +64,14 @@ def verify(folder: Path, model: PreTrainedModel, *, stock: bool = True) -> Verif
     return Verification(tokens, TOLERANCE, theirs, difference, trust_remote_code=own)
 
 
+def agree(loaded: PreTrainedModel, model: PreTrainedModel) -> float:
+    """The largest relative difference of the logits of a model as it was loaded and of the one it was written from.
+
+    SsmcompressError beyond 1e-4.
+    """
+    return _difference("ssmcompress", loaded, logits(model))
+
+
 def _require_own(folder: Path, model: PreTrainedModel) -> None:
     """Code is run only where it is ours, byte for byte, and config.json names no other."""
     if (folder / CODE.name).read_bytes() != CODE.read_bytes():

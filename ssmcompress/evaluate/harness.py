@@ -26,11 +26,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ssmcompress.arch.backbone import reduces
 from ssmcompress.checkpoint.source import Checkpoint
 from ssmcompress.errors import InputError, ResourceError, SsmcompressError
-from ssmcompress.evaluate.continuations import likelihoods
 from ssmcompress.evaluate.hush import quiet
 from ssmcompress.evaluate.scores import Scored, scored
 from ssmcompress.evaluate.suites import TASKS, Entry, shipped
 from ssmcompress.events import Advance, Emit, Phase
+from ssmcompress.measure.continuations import likelihoods
 from ssmcompress.paths import expanded
 
 CODE = (".yaml", ".yml", ".py")

@@ -1,0 +1,151 @@
+"""Examples to learn from: a prompt and its completion, on which alone the loss is, or plain text in windows."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ssmcompress.calib.rows import LINES, TABLES, Row, contents, json_rows, names_a_set, set_rows, table_rows
+from ssmcompress.errors import InputError
+from ssmcompress.paths import expanded
+from ssmcompress.tuning import TuneState, columns
+
+HELD_OUT, MOST = 0.05, 512  # the share of examples that validate where none are given, and how many ever do
+HINT = 'Give JSON lines with "prompt" and "completion", a table with --completion "{column}", or plain text.'
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, of which the last `scored` are learned; their bytes; which text it was, and which prompt."""
+
+    ids: tuple[int, ...]
+    scored: int
+    bytes: int
+    sha256: str
+    prompt_sha256: str
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one source, and how many did not fit into the window."""
+
+    items: tuple[Example, ...]
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def read(source: str, tokenizer: Any, step: TuneState) -> Examples:
+    """The examples of JSON lines, a table, plain text or a data set, in their order.
+
+    Plain text, and rows of a column `text`, are cut into windows of `length` tokens, each after an end-of-text token;
+    an example that is longer than `length` is left out and counted. Raises InputError for what is missing, malformed,
+    or leaves no example, ResourceError where the hub cannot be reached.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise InputError(
+            "The tokenizer has no end-of-text token, with which completions end.",
+            hint="Set eos_token in its tokenizer_config.json.",
+        )
+    found = [each for text in _texts(source, step) for each in _examples(text, tokenizer, end, step.length)]
+    items = tuple(each for each in found if len(each.ids) <= step.length + 1)
+    if not items:
+        lacking = f"all {len(found)} are longer than {step.length} tokens" if found else "it is empty"
+        raise InputError(f"{source} gives no example to learn from: {lacking}.", hint=HINT)
+    return Examples(items, len(found) - len(items))
+
+
+def held_out(data: Examples, seed: int) -> tuple[Examples, Examples]:
+    """The examples to learn from, and those that validate: all of one prompt fall on one side."""
+    unique = sorted({each.prompt_sha256 for each in data.items})
+    if len(unique) < 2:
+        raise InputError("One prompt cannot be learned from and validate too.", hint="Give --valid, or more data.")
+    count = max(1, min(MOST, round(HELD_OUT * len(unique))))
+    chosen = np.random.Generator(np.random.PCG64(seed)).choice(len(unique), count, replace=False)
+    apart = {unique[index] for index in chosen}
+    train, valid = ([each for each in data.items if (each.prompt_sha256 in apart) == side] for side in (False, True))
+    return Examples(tuple(train), data.skipped), drawn(Examples(tuple(valid)), seed)
+
+
+def drawn(data: Examples, seed: int) -> Examples:
+    """As many examples as validation needs, drawn where there are more."""
+    if len(data) <= MOST:
+        return data
+    chosen = np.random.Generator(np.random.PCG64(seed)).choice(len(data), MOST, replace=False)
+    return Examples(tuple(data.items[index] for index in sorted(chosen)), data.skipped)
+
+
+def shared(data: Examples, other: Examples) -> int:
+    """How many of the other's examples are among the data, word for word."""
+    known = {each.sha256 for each in data.items}
+    return sum(each.sha256 in known for each in other.items)
+
+
+def _examples(text: tuple[str, str], tokenizer: Any, end: int, length: int) -> Iterator[Example]:
+    prompt, completion = text
+    ids: Sequence[int] = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+    if prompt:
+        before = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] or [end]
+        yield _example([*before, *ids, end], len(ids) + 1, prompt, completion)
+        return
+    for start in range(0, len(ids), length):
+        part = ids[start : start + length]
+        yield _example([end, *part], len(part), "", completion if len(ids) <= length else tokenizer.decode(part))
+
+
+def _example(ids: list[int], scored: int, prompt: str, completion: str) -> Example:
+    whole = f"{len(prompt)} {prompt}{completion}"
+    return Example(tuple(ids), scored, len(completion.encode()), _sha256(whole), _sha256(prompt or completion))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _texts(source: str, step: TuneState) -> Iterator[tuple[str, str]]:
+    """Prompts and completions; the prompt of plain text is empty."""
+    path = expanded(source)
+    name = path.name.removesuffix(".gz")
+    table = next((separator for suffix, separator in TABLES.items() if name.endswith(suffix)), None)
+    if path.is_dir():
+        raise InputError(f"{source} is a folder.", hint=HINT)
+    if not path.is_file() and not names_a_set(source):
+        raise InputError(f"There is no file {source}.", hint=HINT)
+    if path.is_file() and table is None and not name.endswith(tuple(LINES)):
+        if step.completion is not None:
+            raise InputError(f"{path} is plain text: it has no columns for a template.", hint=HINT)
+        yield "", contents(path)
+        return
+    rows: Iterable[Row]
+    if path.is_file():
+        rows = json_rows(path) if table is None else table_rows(path, table)
+    else:
+        rows = set_rows(source, step.split or "train")
+    for where, row in rows:
+        yield _pair(where, row, step)
+
+
+def _pair(where: str, row: dict[str, Any], step: TuneState) -> tuple[str, str]:
+    if step.completion is not None:
+        return _filled(where, row, step.prompt or ""), _filled(where, row, step.completion)
+    if "completion" in row or "prompt" in row:
+        prompt, completion = _filled(where, row, "{prompt}"), _filled(where, row, "{completion}")
+        if not completion.strip():
+            raise InputError(f"{where} has an empty completion: there is nothing to learn.", hint=HINT)
+        return prompt, completion
+    return "", _filled(where, row, "{text}")
+
+
+def _filled(where: str, row: dict[str, Any], template: str) -> str:
+    values = {}
+    for column in columns(template):
+        if not isinstance(row.get(column), str | int | float):
+            what = "no text in the" if column in row else "no"
+            found = ", ".join(map(str, row)) or "none"
+            raise InputError(f"{where} has {what} column {column!r}; its columns: {found}.", hint=HINT)
+        values[column] = str(row[column]).encode("utf-8", "replace").decode()
+    return template.format(**values)

@@ -1,0 +1,242 @@
+"""The verb `tune-state`: an adapter is learned from examples, written, loaded again and measured on others."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+import yaml
+from torch import nn
+
+from ssmcompress.arch.tunable import TUNABLE, install
+from ssmcompress.checkpoint import adapter as adapters
+from ssmcompress.checkpoint import manifest
+from ssmcompress.checkpoint.fitting import LAYER
+from ssmcompress.checkpoint.learned import kind
+from ssmcompress.checkpoint.output import TUNING, kept, output
+from ssmcompress.checkpoint.source import Checkpoint, load, resolve
+from ssmcompress.checkpoint.verify import agree, require_finite
+from ssmcompress.errors import InputError, UnsupportedError
+from ssmcompress.evaluate.evaluation import compute_dtype, require_seed, required_tokenizer
+from ssmcompress.events import Emit, Finished, JsonLines, Note, Table, fan, ignore
+from ssmcompress.journal import FOLDER
+from ssmcompress.recipe import TuneOptions, tuning
+from ssmcompress.record import RECIPE
+from ssmcompress.tune import examples, record
+from ssmcompress.tune.examples import Example, Examples
+from ssmcompress.tune.fit import fit, score
+from ssmcompress.tune.lora import wrap
+from ssmcompress.tune.objective import Objective
+from ssmcompress.tuning import TuneState
+
+EVENTS = "events.jsonl"
+LORA_LR = 2e-3  # to begin with, as those of `arch.tunable`
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The folder of the adapter, what it is, and what it changed."""
+
+    folder: Path
+    tuning: record.Tuning
+    change: record.Change
+
+
+@dataclass(frozen=True)
+class _Splits:
+    """Examples to learn from, to choose the best state by, and to report on."""
+
+    train: Examples
+    valid: Examples
+    test: Examples | None
+
+    @property
+    def reported(self) -> tuple[str, Examples]:
+        """What figures are of: the test examples where there are any."""
+        return ("validation", self.valid) if self.test is None else ("test", self.test)
+
+    def counts(self) -> dict[str, int]:
+        """How many examples of each, and how many did not fit."""
+        sides = {"train": self.train, "valid": self.valid, "test": self.test}
+        found = {name: len(side) for name, side in sides.items() if side is not None}
+        return found | {"skipped": sum(side.skipped for side in sides.values() if side is not None)}
+
+
+def tune_state(
+    model: str,
+    *,
+    out: str | Path,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "auto",
+    backend: str = "auto",
+    overwrite: bool = False,
+    emit: Emit = ignore,
+    **options: Unpack[TuneOptions],
+) -> Tuned:
+    """Learns an adapter from examples, keeps what is best on validation examples, and measures it on the test ones.
+
+    Options, with the defaults of the schema: method "state-offset"; form, rank; alpha, targets (lora); data, valid,
+    test, split, prompt, completion, length 512; steps 300, lr, batch_size 8, accumulate 1, every; objective "ce" |
+    "distill" with teacher and hidden; checkpointing.
+
+    Asked for again, an interrupted run goes on from its last look at the validation examples. Raises RecipeError or
+    InputError for what was given, UnsupportedError for a model that has nothing to learn so.
+    """
+    require_seed(seed)
+    step = tuning(options)
+    source = resolve(model)
+    base = manifest.describe(source)
+    how = {"seed": seed, "device": device, "dtype": dtype, "backend": backend}
+    told = record.said(_portable(step), model=source.label, **how)
+    key = _key(told, base, step)
+    with output(out, marked=TUNING, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
+        store = folder / FOLDER
+        store.mkdir(exist_ok=True)
+        with kept(store, EVENTS), JsonLines(folder / EVENTS) as lines:
+            tell = fan(emit, lines)
+            loading: dict[str, Any] = {"dtype": compute_dtype(dtype, device), "device": device, "backend": backend}
+            checkpoint = load(source, **loading)
+            require_finite(checkpoint)
+            splits = _read(required_tokenizer(checkpoint), step, seed, tell)
+            split, reported = splits.reported
+            before = _score(checkpoint, reported.items, step, seed)
+            torch.manual_seed(seed)
+            learned, config = _learned(checkpoint, step)
+            _tell_learned(checkpoint, step, learned, tell)
+            objective = Objective(checkpoint.model, _teacher(checkpoint, step, loading), step.hidden or 0.0)
+            rate = step.lr or (LORA_LR if step.method == "lora" else TUNABLE[step.method].usual)
+            chosen = splits.train.items, splits.valid.items
+            course = fit(objective, learned, *chosen, step, lr=rate, seed=seed, store=store, emit=tell)
+            adapters.save(folder, config | {"base_model_name_or_path": source.label}, learned)
+            again = load(source, adapter=folder, **loading)
+            difference = agree(again.model, checkpoint.model)
+            change = record.Change(split, before, _score(again, reported.items, step, seed))
+            made = record.Tuning(
+                base=base,
+                method=step.method,
+                trainable=sum(each.numel() for each in learned.values()),
+                parameters=sum(tensor.numel() for tensor in checkpoint.stored.meta().values()),
+                layers=_layers(learned),
+                tensors={name: tuple(each.shape) for name, each in sorted(learned.items())},
+                examples=splits.counts(),
+                recipe_sha256=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
+                seed=seed,
+                difference=difference,
+                best_step=course.best,
+                versions=manifest.versions(),
+            )
+            _tell_change(change, course.best, tell)
+        recipe = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+        (folder / RECIPE).write_text(recipe, encoding="utf-8")
+        record.write(folder, made, course, change, recipe)
+    emit(Finished(str(out)))
+    return Tuned(Path(out), made, change)
+
+
+def _key(told: dict[str, Any], base: manifest.SourceRecord, step: TuneState) -> str:
+    """What an unfinished folder must share with a run that goes on with it: the data as well."""
+    files = [
+        manifest.sha256(Path(each)) for each in (step.data, step.valid, step.test) if each and Path(each).is_file()
+    ]
+    said = [told, base.model_dump(), manifest.versions(), files]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _portable(step: TuneState) -> TuneState:
+    """The step as records name it: without the paths of this machine."""
+    named = {name: getattr(step, name) for name in ("data", "valid", "test")}
+    return step.model_copy(
+        update={name: Path(at).name if at and Path(at).exists() else at for name, at in named.items()}
+    )
+
+
+def _read(tokenizer: Any, step: TuneState, seed: int, tell: Emit) -> _Splits:
+    """The examples of every split; a warning where some do not fit, or stand in two of them."""
+    data = examples.read(step.data, tokenizer, step)
+    test = examples.read(step.test, tokenizer, step) if step.test else None
+    if step.valid:
+        splits = _Splits(data, examples.drawn(examples.read(step.valid, tokenizer, step), seed), test)
+    else:
+        splits = _Splits(*examples.held_out(data, seed), test)
+    counts = splits.counts()
+    sizes = ", ".join(f"{count:,} {name}" for name, count in counts.items() if name != "skipped")
+    tell(Note(f"Examples: {sizes}."))
+    if counts["skipped"]:
+        tell(Note(f"{counts['skipped']:,} examples are longer than {step.length} tokens and are left out.", "warning"))
+    for name, other in (("validation", splits.valid), ("test", test)):
+        if other is not None and (count := examples.shared(splits.train, other)):
+            tell(Note(f"{count:,} {name} examples are among those that are learned from.", "warning"))
+    return splits
+
+
+def _learned(checkpoint: Checkpoint, step: TuneState) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
+    """What is learned, by its name in the model, in float32; and what the adapter's config says of it."""
+    if step.method == "lora":
+        return wrap(checkpoint.model, checkpoint.arch, step)
+    form = step.form or "full"
+    found = install(checkpoint.model, checkpoint.arch, step.method, form, step.ranked)
+    if any(parameter.dtype != torch.float32 for parameter in found.values()):
+        raise UnsupportedError(
+            f"{step.method} learns weights of the model, here in {checkpoint.model.dtype}: too coarse.",
+            hint="Give --dtype float32.",
+        )
+    if step.method == "full":
+        _hold_zeros(found)
+    return found, {"peft_type": kind(step.method), "form": form, "r": step.ranked}
+
+
+def _hold_zeros(learned: dict[str, nn.Parameter]) -> None:
+    """Lets pruned entries of matrices stay zero."""
+    for parameter in learned.values():
+        if parameter.dim() > 1 and not bool(parameter.all()):
+            parameter.register_hook(lambda gradient, there=parameter.detach() != 0: gradient * there)
+
+
+def _teacher(checkpoint: Checkpoint, step: TuneState, loading: dict[str, Any]) -> nn.Module | None:
+    """The dense model whose distribution is learned: the one named, else the one that this was made from."""
+    if step.objective != "distill":
+        return None
+    earlier = manifest.history(checkpoint.source)
+    name = step.teacher or (earlier[0].source.name if earlier else checkpoint.source.name)
+    try:
+        found = load(name, **loading)
+    except InputError as error:
+        raise InputError(f"The teacher cannot be loaded: {error.message}", hint="Name it: --teacher MODEL.") from None
+    ours, theirs = (each.model.config.vocab_size for each in (checkpoint, found))
+    if ours != theirs:
+        raise InputError(
+            f"The teacher {name} knows {theirs} tokens and the model {ours}.", hint="A teacher shares the tokenizer."
+        )
+    if step.hidden and found.arch.width != checkpoint.arch.width:
+        raise UnsupportedError(
+            f"The teacher has {found.arch.width} residual dimensions and the model {checkpoint.arch.width}: their"
+            " hidden states have no distance.",
+            hint="Leave out --hidden.",
+        )
+    return found.model.requires_grad_(False)
+
+
+def _score(checkpoint: Checkpoint, items: Sequence[Example], step: TuneState, seed: int) -> record.Scored:
+    return record.Scored.of(items, score(checkpoint.model, items, step.batch_size), step.length, seed)
+
+
+def _layers(learned: dict[str, nn.Parameter]) -> tuple[int, ...]:
+    return tuple(sorted({int(found[1]) for found in map(LAYER.search, learned) if found}))
+
+
+def _tell_learned(checkpoint: Checkpoint, step: TuneState, learned: dict[str, nn.Parameter], tell: Emit) -> None:
+    count, whole = sum(each.numel() for each in learned.values()), checkpoint.stored.meta().values()
+    share = count / sum(tensor.numel() for tensor in whole)
+    layers = len(_layers(learned))
+    tell(Note(f"{step.method}: {count:,} parameters, {share:.3%}, in {layers} of {checkpoint.arch.layers} layers."))
+
+
+def _tell_change(change: record.Change, best: int, tell: Emit) -> None:
+    title = f"{len(change.before.right):,} {change.split} examples, step {best}"
+    tell(Table(title, ("", "before", "after", "change"), change.rows()))
+    if change.difference[1] > 0:
+        tell(Note("The adapter makes these examples less likely than they were: a lower --lr may help.", "warning"))

@@ -1,0 +1,109 @@
+"""State tuning as data: what is learned, from which examples, and how."""
+
+from collections.abc import Iterable
+from string import Formatter
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from ssmcompress.schema import Strict
+
+TuneMethod = Literal["state-offset", "output-offset", "initial-state", "conv-state", "bitfit", "a-log", "lora", "full"]
+TUNE_METHODS: tuple[TuneMethod, ...] = get_args(TuneMethod)
+Form = Literal["full", "low-rank", "per-head"]
+Count = Annotated[int, Field(ge=1)]
+RANKS = {"lora": 8, "low-rank": 1}  # unless told
+
+
+class TuneState(Strict):
+    """Learns an adapter from examples of a prompt and its completion, on the completion only, or from plain text.
+
+    `data`, `valid` and `test` are JSON lines, tables, plain text or data sets; without `valid` a twentieth of the data
+    is held out, and never more than 512 examples validate. `prompt` and `completion` are templates over the columns
+    ("{question} =" and " {answer}"); without them columns of these names are taken, or `text`. Of `steps` updates on
+    `batch_size` · `accumulate` examples the state that is best on the validation examples, seen every `every` updates,
+    is kept. `objective` is the likelihood (ce), or the distribution of a `teacher` (distill), with `hidden` the weight
+    of the distance between last hidden states.
+    """
+
+    step: Literal["tune-state"] = "tune-state"
+    method: TuneMethod = "state-offset"
+    form: Form | None = None
+    rank: Count | None = None
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    targets: tuple[str, ...] = ()
+    data: str
+    valid: str | None = None
+    test: str | None = None
+    split: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    length: Annotated[int, Field(ge=2)] = 512
+    steps: Count = 300
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    batch_size: Count = 8
+    accumulate: Count = 1
+    every: Count | None = None
+    objective: Literal["ce", "distill"] = "ce"
+    teacher: str | None = None
+    hidden: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    checkpointing: bool = False
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        if value is not None:
+            list(columns(value))
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TuneState":
+        if self.form is not None and self.method != "state-offset":
+            raise ValueError(f"form has no meaning with the method {self.method}")
+        if self.rank is not None and self.method != "lora" and self.form != "low-rank":
+            raise ValueError("rank is for the method lora and the form low-rank")
+        for option in ("alpha", "targets"):
+            if getattr(self, option) and self.method != "lora":
+                raise ValueError(f"{option} has no meaning with the method {self.method}")
+        for option in ("teacher", "hidden"):
+            if getattr(self, option) is not None and self.objective != "distill":
+                raise ValueError(f"{option} has no meaning without the objective distill")
+        if self.prompt is not None and self.completion is None:
+            raise ValueError("a template of the prompt needs one of the completion")
+        return self
+
+    @property
+    def ranked(self) -> int | None:
+        """The rank, where there is one."""
+        kind = self.method if self.method == "lora" else self.form
+        return self.rank or RANKS.get(kind or "")
+
+    @property
+    def pace(self) -> int:
+        """Updates between two looks at the validation examples: ten looks unless told."""
+        return min(self.every or max(1, self.steps // 10), self.steps)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration text: it has examples."""
+        return False
+
+    @property
+    def new_values(self) -> bool:
+        """Whether weights get new values: they stay as they are, beside the adapter."""
+        return False
+
+
+def columns(template: str) -> Iterable[str]:
+    """The columns that a template names; ValueError for one that is no plain {column}."""
+    for _, name, form, conversion in Formatter().parse(template):
+        if name is None:
+            continue
+        if not name or form or conversion or not name.replace(" ", "_").replace("-", "_").isidentifier():
+            raise ValueError(f"the template {template!r} names columns as {{column}}; two braces stand for one")
+        yield name
