@@ -71,7 +71,7 @@ def table_rows(path: Path, separator: str) -> Iterator[Row]:
                 )
             yield where, row
     except csv.Error as error:
-        raise InputError(f"{path} cannot be read near line {reader.line_num}: {error}.") from error
+        raise InputError(f"{path} cannot be read after line {reader.line_num}: {error}.") from error
 
 
 def set_rows(name: str, split: str) -> Iterator[Row]:

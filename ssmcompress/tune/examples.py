@@ -13,6 +13,7 @@ from ssmcompress.paths import expanded
 from ssmcompress.tuning import TuneState, columns
 
 HELD_OUT, MOST = 0.05, 512  # the share of examples that validate where none are given, and how many ever do
+NEAR = 16  # updates that are drawn together, so that examples of like length meet
 HINT = 'Give JSON lines with "prompt" and "completion", a table with --completion "{column}", or plain text.'
 
 
@@ -77,6 +78,23 @@ def drawn(data: Examples, seed: int) -> Examples:
         return data
     chosen = np.random.Generator(np.random.PCG64(seed)).choice(len(data), MOST, replace=False)
     return Examples(tuple(data.items[index] for index in sorted(chosen)), data.skipped)
+
+
+def order(lengths: Sequence[int], size: int, updates: int, seed: int) -> list[int]:
+    """Which example comes when: every one once, then every one again; those of an update, `size` of them, by length.
+
+    All of a run is drawn at once, so that one that goes on reads what it would have read.
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+    count = size * updates
+    passes = [rng.permutation(len(lengths)) for _ in range(-(-count // len(lengths)))]
+    turns = np.concatenate(passes)[:count]
+    found: list[int] = []
+    for start in range(0, count, NEAR * size):
+        near = sorted(turns[start : start + NEAR * size].tolist(), key=lambda index: lengths[index])
+        groups = [near[i : i + size] for i in range(0, len(near), size)]
+        found += [index for group in rng.permutation(len(groups)) for index in groups[group]]
+    return found
 
 
 def shared(data: Examples, other: Examples) -> int:

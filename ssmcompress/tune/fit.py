@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ssmcompress.errors import InputError, SsmcompressError
 from ssmcompress.events import Advance, Emit, Note, Phase
 from ssmcompress.measure.continuations import likelihoods
-from ssmcompress.tune.examples import Example
+from ssmcompress.tune.examples import Example, order
 from ssmcompress.tune.objective import IGNORED, Objective
 from ssmcompress.tuning import TuneState
 
@@ -57,12 +57,14 @@ def fit(
         parameter.requires_grad_(True)
     if step.checkpointing:
         model.activation_checkpointing_enable()
-    course = Course()
+    rows = [{"input_ids": each.ids, "scored": each.scored} for each in train]
+    turns = order([len(each.ids) for each in train], step.batch_size * step.accumulate, step.steps, seed)
+    course, last = Course(), _last(store)
     logging.set_verbosity_error()
     trainer = _Fit(
         model=objective,
-        args=_arguments(step, lr, seed, store, model.device),
-        train_dataset=[{"input_ids": each.ids, "scored": each.scored} for each in train],
+        args=_arguments(step, lr, seed, store, model.device, fresh=last is None),
+        train_dataset=[rows[index] for index in turns],
         eval_dataset=[{}],
         data_collator=batch,
         callbacks=[_Progress(course, learned, emit)],
@@ -71,7 +73,6 @@ def fit(
     trainer.remove_callback(ProgressCallback)
     trainer.learned, trainer.valid, trainer.lr = learned, valid, lr
     emit(Phase("tuning", step.steps))
-    last = _last(store)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.activation_checkpointing_disable()
     for entry in trainer.state.log_history:
@@ -96,7 +97,9 @@ def batch(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def _arguments(step: TuneState, lr: float, seed: int, store: Path, device: torch.device) -> TrainingArguments:
+def _arguments(
+    step: TuneState, lr: float, seed: int, store: Path, device: torch.device, *, fresh: bool
+) -> TrainingArguments:
     """AdamW without decay, linear to zero (the recipe of Kang et al., 2025)."""
     found = TrainingArguments(
         output_dir=str(store),
@@ -105,10 +108,10 @@ def _arguments(step: TuneState, lr: float, seed: int, store: Path, device: torch
         weight_decay=0.0,
         per_device_train_batch_size=step.batch_size,
         gradient_accumulation_steps=step.accumulate,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="sequential",
         eval_strategy="steps",
         eval_steps=step.pace,
-        eval_on_start=True,
+        eval_on_start=fresh,
         save_strategy="steps",
         save_steps=step.pace,
         save_total_limit=2,
@@ -121,7 +124,6 @@ def _arguments(step: TuneState, lr: float, seed: int, store: Path, device: torch
         report_to="none",
         disable_tqdm=True,
         seed=seed,
-        data_seed=seed,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=False,
     )
@@ -146,7 +148,7 @@ class _Fit(Trainer):
         loss = model(**inputs) / num_items_in_batch * self.accelerator.num_processes
         if not bool(loss.isfinite()):
             raise InputError(
-                f"The loss is {float(loss)} at step {self.state.global_step + 1}.",
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}.",
                 hint=f"Give a lower --lr than {self.lr:g}, or --dtype float32.",
             )
         return loss
