@@ -102,12 +102,13 @@ def tune_state(
             checkpoint = load(source, **loading)
             require_finite(checkpoint)
             splits = _read(required_tokenizer(checkpoint), step, seed, tell)
+            teacher = _teacher(checkpoint, step, loading)
             split, reported = splits.reported
             before = _score(checkpoint, reported.items, step, seed)
             torch.manual_seed(seed)
             learned, config = _learned(checkpoint, step)
             _tell_learned(checkpoint, step, learned, tell)
-            objective = Objective(checkpoint.model, _teacher(checkpoint, step, loading), step.hidden or 0.0)
+            objective = Objective(checkpoint.model, teacher, step.hidden or 0.0)
             rate = step.lr or (LORA_LR if step.method == "lora" else TUNABLE[step.method].usual)
             chosen = splits.train.items, splits.valid.items
             course = fit(objective, learned, *chosen, step, lr=rate, seed=seed, store=store, emit=tell)
