@@ -180,6 +180,8 @@ class TuneOptions(TypedDict, total=False):
     valid: str | None
     test: str | None
     split: str | None
+    task: str | None
+    limit: int | None
     prompt: str | None
     completion: str | None
     length: int

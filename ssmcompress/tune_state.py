@@ -21,13 +21,14 @@ from ssmcompress.checkpoint.source import Checkpoint, load, resolve
 from ssmcompress.checkpoint.verify import agree, require_finite
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.evaluate.evaluation import compute_dtype, require_seed, required_tokenizer
-from ssmcompress.events import Emit, Finished, JsonLines, Note, Table, fan, ignore
+from ssmcompress.events import Emit, Finished, JsonLines, Metric, Note, Table, fan, ignore
 from ssmcompress.journal import FOLDER
 from ssmcompress.recipe import TuneOptions, tuning
 from ssmcompress.record import RECIPE
 from ssmcompress.tune import examples, record
 from ssmcompress.tune.examples import Example, Examples
 from ssmcompress.tune.fit import fit, score
+from ssmcompress.tune.judge import judged
 from ssmcompress.tune.lora import wrap
 from ssmcompress.tune.objective import Objective
 from ssmcompress.tuning import TuneState
@@ -115,7 +116,7 @@ def tune_state(
             adapters.save(folder, config | {"base_model_name_or_path": source.label}, learned)
             again = load(source, adapter=folder, **loading)
             difference = agree(again.model, checkpoint.model)
-            change = record.Change(split, before, _score(again, reported.items, step, seed))
+            change = record.Change(split, before, _score(again, reported.items, step, seed), judged(again, step, tell))
             made = record.Tuning(
                 base=base,
                 method=step.method,
@@ -158,7 +159,7 @@ def _portable(step: TuneState) -> TuneState:
 def _read(tokenizer: Any, step: TuneState, seed: int, tell: Emit) -> _Splits:
     """The examples of every split; a warning where some do not fit, or stand in two of them."""
     data = examples.read(step.data, tokenizer, step)
-    test = examples.read(step.test, tokenizer, step) if step.test else None
+    test = examples.read(step.test, tokenizer, step, step.limit) if step.test else None
     if step.valid:
         splits = _Splits(data, examples.drawn(examples.read(step.valid, tokenizer, step), seed), test)
     else:
@@ -239,5 +240,7 @@ def _tell_learned(checkpoint: Checkpoint, step: TuneState, learned: dict[str, nn
 def _tell_change(change: record.Change, best: int, tell: Emit) -> None:
     title = f"{len(change.before.right):,} {change.split} examples, step {best}"
     tell(Table(title, ("", "before", "after", "change"), change.rows()))
+    for figure in change.figures:
+        tell(Metric(figure.name, figure.value, figure.low, figure.high))
     if change.difference[1] > 0:
         tell(Note("The adapter makes these examples less likely than they were: a lower --lr may help.", "warning"))

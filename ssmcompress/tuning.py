@@ -10,6 +10,7 @@ from ssmcompress.schema import Strict
 
 TuneMethod = Literal["state-offset", "output-offset", "initial-state", "conv-state", "bitfit", "a-log", "lora", "full"]
 TUNE_METHODS: tuple[TuneMethod, ...] = get_args(TuneMethod)
+TaskName = Literal["e2e", "dart", "spider", "sst2", "rte"]
 Form = Literal["full", "low-rank", "per-head"]
 Count = Annotated[int, Field(ge=1)]
 RANKS = {"lora": 8, "low-rank": 1}  # unless told
@@ -19,11 +20,12 @@ class TuneState(Strict):
     """Learns an adapter from examples of a prompt and its completion, on the completion only, or from plain text.
 
     `data`, `valid` and `test` are JSON lines, tables, plain text or data sets; without `valid` a twentieth of the data
-    is held out, and never more than 512 examples validate. `prompt` and `completion` are templates over the columns
-    ("{question} =" and " {answer}"); without them columns of these names are taken, or `text`. Of `steps` updates on
-    `batch_size` · `accumulate` examples the state that is best on the validation examples, seen every `every` updates,
-    is kept. `objective` is the likelihood (ce), or the distribution of a `teacher` (distill), with `hidden` the weight
-    of the distance between last hidden states.
+    is held out, and never more than 512 examples validate. Of the test only the first `limit` prompts count. A `task`
+    reads the files that its authors publish, and has completions of the test prompts judged. `prompt` and `completion`
+    are templates over the columns ("{question} =" and " {answer}"); without them columns of these names are taken, or
+    `text`. Of `steps` updates on `batch_size` · `accumulate` examples the state that is best on the validation
+    examples, seen every `every` updates, is kept. `objective` is the likelihood (ce), or the distribution of a
+    `teacher` (distill), with `hidden` the weight of the distance between last hidden states.
     """
 
     step: Literal["tune-state"] = "tune-state"
@@ -36,6 +38,8 @@ class TuneState(Strict):
     valid: str | None = None
     test: str | None = None
     split: str | None = None
+    task: TaskName | None = None
+    limit: Count | None = None
     prompt: str | None = None
     completion: str | None = None
     length: Annotated[int, Field(ge=2)] = 512
@@ -73,6 +77,10 @@ class TuneState(Strict):
         for option in ("teacher", "hidden"):
             if getattr(self, option) is not None and self.objective != "distill":
                 raise ValueError(f"{option} has no meaning without the objective distill")
+        if self.task is not None and self.completion is not None:
+            raise ValueError(f"the task {self.task} has templates of its own")
+        if self.limit is not None and self.test is None:
+            raise ValueError("limit bounds how many prompts of the test count: there is no test")
         if self.prompt is not None and self.completion is None:
             raise ValueError("a template of the prompt needs one of the completion")
         return self

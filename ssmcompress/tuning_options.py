@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from ssmcompress.options import COMPUTE, ComputeDtype, Device, Json, Kernels, Seed, with_options
-from ssmcompress.tuning import Form, TuneMethod
+from ssmcompress.tuning import Form, TaskName, TuneMethod
 
 WHAT, EXAMPLES, TRAINING = "What is learned", "Examples", "Training"
 
@@ -43,6 +43,13 @@ Valid = Annotated[
 ]
 Test = Annotated[str | None, typer.Option("--test", help="Examples that are reported on.", rich_help_panel=EXAMPLES)]
 Split = Annotated[str | None, typer.Option("--split", help="Of a data set.", rich_help_panel=EXAMPLES)]
+Task = Annotated[
+    TaskName | None,
+    typer.Option("--task", help="Reads its authors' files, and judges completions.", rich_help_panel=EXAMPLES),
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Prompts of the test that count.", rich_help_panel=EXAMPLES)
+]
 Prompt = Annotated[
     str | None,
     typer.Option("--prompt", metavar="TEMPLATE", help='Over the columns: "{mr} =".', rich_help_panel=EXAMPLES),
@@ -98,6 +105,8 @@ def _tuning_options(
     valid: Valid = None,
     test: Test = None,
     split: Split = None,
+    task: Task = None,
+    limit: Limit = None,
     prompt: Prompt = None,
     completion: Completion = None,
     length: Length = 512,

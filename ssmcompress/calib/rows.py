@@ -60,7 +60,9 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 def table_rows(path: Path, separator: str) -> Iterator[Row]:
     """The rows of a table whose first line names the columns; InputError for one of another width."""
-    reader = csv.DictReader(contents(path).splitlines(keepends=True), delimiter=separator, strict=True)
+    # in tab-separated text a quote is but a quote
+    marks: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if separator == "\t" else {"strict": True}
+    reader = csv.DictReader(contents(path).splitlines(keepends=True), delimiter=separator, **marks)
     try:
         for row in reader:
             where = f"Line {reader.line_num} of {path}"

@@ -10,6 +10,7 @@ import numpy as np
 from ssmcompress.calib.rows import LINES, TABLES, Row, contents, json_rows, names_a_set, set_rows, table_rows
 from ssmcompress.errors import InputError
 from ssmcompress.paths import expanded
+from ssmcompress.tune.tasks import TASKS
 from ssmcompress.tuning import TuneState, columns
 
 HELD_OUT, MOST = 0.05, 512  # the share of examples that validate where none are given, and how many ever do
@@ -39,8 +40,8 @@ class Examples:
         return len(self.items)
 
 
-def read(source: str, tokenizer: Any, step: TuneState) -> Examples:
-    """The examples of JSON lines, a table, plain text or a data set, in their order.
+def read(source: str, tokenizer: Any, step: TuneState, limit: int | None = None) -> Examples:
+    """The examples of JSON lines, a table, plain text or a data set, in their order; of the first `limit` prompts.
 
     Plain text, and rows of a column `text`, are cut into windows of `length` tokens, each after an end-of-text token;
     an example that is longer than `length` is left out and counted. Raises InputError for what is missing, malformed,
@@ -52,7 +53,7 @@ def read(source: str, tokenizer: Any, step: TuneState) -> Examples:
             "The tokenizer has no end-of-text token, with which completions end.",
             hint="Set eos_token in its tokenizer_config.json.",
         )
-    found = [each for text in _texts(source, step) for each in _examples(text, tokenizer, end, step.length)]
+    found = [each for text in pairs(source, step, limit) for each in _examples(text, tokenizer, end, step.length)]
     items = tuple(each for each in found if len(each.ids) <= step.length + 1)
     if not items:
         lacking = f"all {len(found)} are longer than {step.length} tokens" if found else "it is empty"
@@ -124,38 +125,49 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _texts(source: str, step: TuneState) -> Iterator[tuple[str, str]]:
-    """Prompts and completions; the prompt of plain text is empty."""
+def pairs(source: str, step: TuneState, limit: int | None = None) -> Iterator[tuple[str, str]]:
+    """Prompts and completions, of the first `limit` prompts; that of plain text is empty. InputError as of `read`."""
+    seen: set[str] = set()
+    for prompt, completion in _pairs(source, step):
+        if prompt in seen or limit is None or len(seen) < limit:
+            seen.add(prompt)
+            yield prompt, completion
+
+
+def _pairs(source: str, step: TuneState) -> Iterator[tuple[str, str]]:
     path = expanded(source)
     name = path.name.removesuffix(".gz")
     table = next((separator for suffix, separator in TABLES.items() if name.endswith(suffix)), None)
     if path.is_dir():
         raise InputError(f"{source} is a folder.", hint=HINT)
-    if not path.is_file() and not names_a_set(source):
+    if not path.is_file() and (step.task is not None or not names_a_set(source)):
         raise InputError(f"There is no file {source}.", hint=HINT)
-    if path.is_file() and table is None and not name.endswith(tuple(LINES)):
+    if path.is_file() and step.task is None and table is None and not name.endswith(tuple(LINES)):
         if step.completion is not None:
             raise InputError(f"{path} is plain text: it has no columns for a template.", hint=HINT)
         yield "", contents(path)
         return
     rows: Iterable[Row]
-    if path.is_file():
+    prompt, completion = step.prompt, step.completion
+    if step.task is not None:
+        task = TASKS[step.task]
+        rows, prompt, completion = task.rows(path), task.prompt, task.completion
+    elif path.is_file():
         rows = json_rows(path) if table is None else table_rows(path, table)
     else:
         rows = set_rows(source, step.split or "train")
     for where, row in rows:
-        yield _pair(where, row, step)
+        yield _pair(where, row, prompt, completion)
 
 
-def _pair(where: str, row: dict[str, Any], step: TuneState) -> tuple[str, str]:
-    if step.completion is not None:
-        return _filled(where, row, step.prompt or ""), _filled(where, row, step.completion)
-    if "completion" in row or "prompt" in row:
-        prompt, completion = _filled(where, row, "{prompt}"), _filled(where, row, "{completion}")
-        if not completion.strip():
-            raise InputError(f"{where} has an empty completion: there is nothing to learn.", hint=HINT)
-        return prompt, completion
-    return "", _filled(where, row, "{text}")
+def _pair(where: str, row: dict[str, Any], prompt: str | None, completion: str | None) -> tuple[str, str]:
+    if completion is None and not ("completion" in row or "prompt" in row):
+        return "", _filled(where, row, "{text}")
+    asked = _filled(where, row, (prompt or "") if completion else "{prompt}")
+    answer = _filled(where, row, completion or "{completion}")
+    if not answer.strip():
+        raise InputError(f"{where} has an empty completion: there is nothing to learn.", hint=HINT)
+    return asked, answer
 
 
 def _filled(where: str, row: dict[str, Any], template: str) -> str:

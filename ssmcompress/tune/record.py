@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ssmcompress.checkpoint.manifest import SourceRecord
 from ssmcompress.checkpoint.output import TUNING
+from ssmcompress.measure.metrics import Figure
 from ssmcompress.measure.perplexity import DocumentScore, Perplexity, paired_difference, summarise
 from ssmcompress.tune.examples import Example
 from ssmcompress.tune.fit import Course
@@ -64,11 +65,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class Change:
-    """The examples of a split under the model as it was, and with the adapter."""
+    """The examples of a split under the model as it was, and with the adapter; how it does on the task, if on one."""
 
     split: str
     before: Scored
     after: Scored
+    figures: Sequence[Figure] = ()
 
     @property
     def difference(self) -> tuple[float, float, float]:
@@ -106,6 +108,7 @@ def write(folder: Path, tuning: Tuning, course: Course, change: Change, recipe: 
         "after": _scored(change.after),
         "change": change.difference[0],
         "interval": (low, high),
+        "figures": [asdict(figure) for figure in change.figures],
         "loss": course.loss,
         "validation": course.validation,
         "seconds_per_step": median(course.seconds) if course.seconds else None,
@@ -132,6 +135,7 @@ def _card(tuning: Tuning, change: Change, recipe: str) -> str:
         tags=["ssmcompress", "state-space-model", "adapter", tuning.method],
     )
     table = "\n".join("| " + " | ".join(row) + " |" for row in (("", "before", "after", "change"), *change.rows()))
+    figures = "".join(f"\n- {each.name}: {each.value:.1f} [{each.low:.1f}, {each.high:.1f}]" for each in change.figures)
     table = table.replace("\n", "\n| --- | --- | --- | --- |\n", 1)
     loads = (
         "Plain PEFT reads it too, but puts it only into models whose mixers call every projection."
@@ -157,6 +161,7 @@ def _card(tuning: Tuning, change: Change, recipe: str) -> str:
 On {count:,} {change.split} examples, on the completions alone; changes with their paired 95 % interval.
 
 {table}
+{figures}
 
 ## Loading
 
