@@ -47,7 +47,7 @@ from ssmcompress.options import (
 )
 from ssmcompress.tuning_options import with_tuning_options
 
-REPEATABLE = {"include", "exclude", "overrides", "max_drop"}
+REPEATABLE = {"adapter", "include", "exclude", "overrides", "max_drop"}
 
 app = typer.Typer(
     name="ssmcompress",
@@ -111,10 +111,12 @@ def reduce_tokens(
 
 @app.command("tune-state", epilog="Example: ssmcompress tune-state ref:mamba --data train.jsonl --out adapter")
 @with_tuning_options
-def tune_state(model: Model, *, out: Out, overwrite: Overwrite = False, **options: Any) -> None:
+def tune_state(
+    model: Model, *, out: Out, adapter: AdapterFolder = None, overwrite: Overwrite = False, **options: Any
+) -> None:
     """Learn a few tensors in state space from examples, write them as an adapter, and measure it."""
     given = {name: value for name, value in options.items() if value is not None}
-    _call("tune_state", model=model, out=out, overwrite=overwrite, **given)
+    _call("tune_state", model=model, out=out, adapter=adapter, overwrite=overwrite, **given)
 
 
 @app.command(epilog="Example: ssmcompress plan ref:mamba --pattern 2:4")

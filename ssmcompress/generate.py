@@ -1,13 +1,13 @@
 """The verb `generate`: a prompt continued by one model, or by two side by side."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ssmcompress.checkpoint.adapter import Given
 from ssmcompress.checkpoint.source import load, require_embedded
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate.evaluation import compute_dtype, require_seed, required_tokenizer
@@ -26,7 +26,7 @@ def generate(
     model: str,
     *,
     prompt: str,
-    adapter: str | Path | None = None,
+    adapter: Given = (),
     against: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -38,8 +38,8 @@ def generate(
 ) -> list[Continuation]:
     """Continues a prompt with a model and, where given, with another; temperature 0 takes the likeliest token.
 
-    `adapter`, a folder in PEFT's format, belongs to the first. Raises InputError for a model without a tokenizer or
-    whose logits are NaN, for an adapter of another model, and for a prompt that is no text.
+    `adapter`, a folder in PEFT's format or several, belongs to the first. Raises InputError for a model without a
+    tokenizer or whose logits are NaN, for an adapter of another model, and for a prompt that is no text.
     """
     if not prompt:
         raise InputError("The prompt is empty.", hint='Give some text: --prompt "Once upon a time".')
@@ -47,7 +47,7 @@ def generate(
         raise InputError("The prompt holds bytes that are not text.", hint="Give it as UTF-8.")
     require_seed(seed)
     found = []
-    for name, own in [(model, adapter)] + ([] if against is None else [(against, None)]):
+    for name, own in [(model, adapter)] + ([] if against is None else [(against, ())]):
         checkpoint = load(name, adapter=own, dtype=compute_dtype(dtype, device), device=device, backend=backend)
         tokenizer = required_tokenizer(checkpoint)
         inputs = tokenizer(prompt, return_tensors="pt").to(device)

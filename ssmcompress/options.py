@@ -219,8 +219,8 @@ PerplexityText = Annotated[
     ),
 ]
 AdapterFolder = Annotated[
-    Path | None,
-    typer.Option("--adapter", metavar="DIR", help="Adapter in PEFT's format, put into MODEL.", show_default=False),
+    list[Path] | None,
+    typer.Option("--adapter", metavar="DIR", help="Adapter in PEFT's format, put into MODEL (repeatable)."),
 ]
 Recall = Annotated[bool, typer.Option("--recall", help="Copying and key-value recall.", rich_help_panel=MEASURE)]
 Tasks = Annotated[

@@ -70,6 +70,7 @@ def tune_state(
     model: str,
     *,
     out: str | Path,
+    adapter: adapters.Given = (),
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "auto",
@@ -84,15 +85,18 @@ def tune_state(
     test, split, prompt, completion, length 512; steps 300, lr, batch_size 8, accumulate 1, every; objective "ce" |
     "distill" with teacher and hidden; checkpointing.
 
-    Asked for again, an interrupted run goes on from its last look at the validation examples. Raises RecipeError or
-    InputError for what was given, UnsupportedError for a model that has nothing to learn so.
+    With `adapter`, one or several, what is learned belongs on top of it. Asked for again, an interrupted run goes on
+    from its last look at the validation examples. Raises RecipeError or InputError for what was given,
+    UnsupportedError for a model that has nothing to learn so.
     """
     require_seed(seed)
     step = tuning(options)
     source = resolve(model)
-    base = manifest.describe(source)
+    below = adapters.find_all(adapter)
+    base = manifest.describe(source, below)
     how = {"seed": seed, "device": device, "dtype": dtype, "backend": backend}
-    told = record.said(_portable(step), model=source.label, **how)
+    label = " + ".join((source.label, *(each.label for each in below)))
+    told = record.said(_portable(step), model=label, **how)
     key = _key(told, base, step)
     with output(out, marked=TUNING, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
         store = folder / FOLDER
@@ -100,7 +104,7 @@ def tune_state(
         with kept(store, EVENTS), JsonLines(folder / EVENTS) as lines:
             tell = fan(emit, lines)
             loading: dict[str, Any] = {"dtype": compute_dtype(dtype, device), "device": device, "backend": backend}
-            checkpoint = load(source, **loading)
+            checkpoint = load(source, adapter=[each.folder for each in below], **loading)
             require_finite(checkpoint)
             splits = _read(required_tokenizer(checkpoint), step, seed, tell)
             teacher = _teacher(checkpoint, step, loading)
@@ -113,8 +117,8 @@ def tune_state(
             rate = step.lr or (LORA_LR if step.method == "lora" else TUNABLE[step.method].usual)
             chosen = splits.train.items, splits.valid.items
             course = fit(objective, learned, *chosen, step, lr=rate, seed=seed, store=store, emit=tell)
-            adapters.save(folder, config | {"base_model_name_or_path": source.label}, learned)
-            again = load(source, adapter=folder, **loading)
+            adapters.save(folder, config | {"base_model_name_or_path": label}, learned)
+            again = load(source, adapter=[*(each.folder for each in below), folder], **loading)
             difference = agree(again.model, checkpoint.model)
             change = record.Change(split, before, _score(again, reported.items, step, seed), judged(again, step, tell))
             made = record.Tuning(

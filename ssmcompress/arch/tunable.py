@@ -97,6 +97,14 @@ TUNABLE = {
 }
 
 
+PLACES = {
+    "state-offset": "offset",
+    "output-offset": "offset",
+    "initial-state": "initial_state",
+    "conv-state": "initial_inputs",
+}
+
+
 def install(
     model: nn.Module, arch: Arch, method: str, form: str = "full", rank: int | None = None
 ) -> dict[str, nn.Parameter]:
@@ -108,6 +116,10 @@ def install(
     if form == "per-head" and len(arch.state(0)) == 2:
         raise UnsupportedError(
             f"{arch.model_type} has no heads whose channels could share an offset.", hint="Take full or low-rank."
+        )
+    if any(getattr(block.mixer, PLACES.get(method, ""), None) is not None for block in blocks):
+        raise UnsupportedError(
+            f"There is an adapter in this model where {method} belongs.", hint="Two cannot share a place: give one."
         )
     before = {name for name, _ in model.named_parameters()}
     wanted: set[str] = set()

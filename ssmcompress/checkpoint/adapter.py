@@ -1,7 +1,7 @@
 """An adapter in PEFT's file format: read without running anything of it, and put into the model it was made for."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +17,8 @@ from ssmcompress.checkpoint.fitting import CONFIG, GIVE, PICKLED, PREFIX, WEIGHT
 from ssmcompress.checkpoint.shards import Shards, read_json
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.paths import expanded
+
+Given = str | Path | Sequence[str | Path]  # one adapter, or several (or none) that are put in one after another
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ def find(adapter: str | Path) -> Adapter:
             hint="Save the adapter again with PEFT, which writes safetensors, where you trust it." if pickled else GIVE,
         )
     return Adapter(str(adapter), folder)
+
+
+def find_all(given: Given) -> tuple[Adapter, ...]:
+    """The adapters of one folder or of several; InputError as of `find`."""
+    return tuple(map(find, [given] if isinstance(given, str | Path) else given))
 
 
 def attach(model: PreTrainedModel, arch: Arch, adapter: Adapter) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -204,10 +205,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def describe(source: Source, adapter: Adapter | None = None) -> SourceRecord:
-    """The record of a source; reads its weight files, and those of an adapter, once for their hashes."""
+def describe(source: Source, adapters: Sequence[Adapter] = ()) -> SourceRecord:
+    """The record of a source; reads its weight files, and those of adapters, once for their hashes."""
     hashes = {file: sha256(source.folder / file) for file in Shards(source.folder).weight_files}
-    hashes |= {path.name: sha256(path) for path in (adapter.files if adapter else ())}
+    for number, adapter in enumerate(adapters, 1):
+        hashes |= {path.name + f" ({number})" * (number > 1): sha256(path) for path in adapter.files}
     if policy := getattr(source.config(), KEY, None):  # which no weight file tells
         hashes[KEY] = TokenPolicy.read(policy).sha256
     return SourceRecord(name=source.label, revision=source.revision, layout=source.layout, sha256=hashes)

@@ -23,7 +23,7 @@ from ssmcompress import kernels, reference
 from ssmcompress.arch.base import Arch, use_backend
 from ssmcompress.arch.registry import arch_for, family
 from ssmcompress.checkpoint import hub, layout
-from ssmcompress.checkpoint.adapter import Adapter, attach, find
+from ssmcompress.checkpoint.adapter import Adapter, Given, attach, find_all
 from ssmcompress.checkpoint.shards import Shards, read_json
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.paths import expanded
@@ -114,7 +114,7 @@ class Source:
 class Checkpoint:
     """A model in memory, in evaluation mode, with what belongs to it.
 
-    `stored` reads its tensors from the files, where those of `adapter` are not yet among them.
+    `stored` reads its tensors from the files, where those of `adapters` are not yet among them.
     """
 
     model: PreTrainedModel
@@ -122,17 +122,17 @@ class Checkpoint:
     arch: Arch
     source: Source
     stored: Shards
-    adapter: Adapter | None = None
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def name(self) -> str:
         """What it was called."""
-        return self.source.name + (f" + {self.adapter.name}" if self.adapter else "")
+        return " + ".join((self.source.name, *(adapter.name for adapter in self.adapters)))
 
     @property
     def label(self) -> str:
         """The name for records: without paths of this machine."""
-        return self.source.label + (f" + {self.adapter.label}" if self.adapter else "")
+        return " + ".join((self.source.label, *(adapter.label for adapter in self.adapters)))
 
 
 def resolve(model: str) -> Source:
@@ -157,20 +157,20 @@ def resolve(model: str) -> Source:
 def load(
     model: str | Source,
     *,
-    adapter: str | Path | None = None,
+    adapter: Given = (),
     dtype: torch.dtype | Literal["auto"] = "auto",
     device: str | torch.device = "cpu",
     backend: str = "auto",
 ) -> Checkpoint:
     """Loads a model without running any code of its folder; every tensor must be there, fit and be finite.
 
-    `adapter` is a folder in PEFT's format, which is merged into the weights in memory.
+    `adapter` is a folder in PEFT's format, or several: each is put into what the one before it made.
     `auto` keeps the stored dtypes; float32 converts all; a narrower dtype leaves A_log, D and dt_bias as they are.
     Raises InputError for a checkpoint that is damaged or does not fit its config, or an adapter that does not fit the
     model, UnsupportedError for a foreign family, dtype or kind of adapter.
     """
     source = resolve(model) if isinstance(model, str) else model
-    found = find(adapter) if adapter is not None else None
+    found = find_all(adapter)
     arch, weights = headers(source)
     config, tokenizer = arch.config, source.tokenizer()
     if source.layout == "mamba_ssm" and tokenizer is not None:
@@ -181,8 +181,8 @@ def load(
     loaded = arch.assemble(state, device)
     if (source.folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
-    if found is not None:
-        attach(loaded, arch, found)
+    for each in found:
+        attach(loaded, arch, each)
     use_backend(loaded, kernels.choose(backend))
     install(loaded, arch.policy)
     return Checkpoint(loaded, tokenizer, arch, source, weights, found)

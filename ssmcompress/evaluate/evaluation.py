@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from ssmcompress.arch.base import mixers
-from ssmcompress.checkpoint.adapter import find
+from ssmcompress.checkpoint.adapter import Given, find_all
 from ssmcompress.checkpoint.manifest import describe, versions
 from ssmcompress.checkpoint.output import RESULTS, output
 from ssmcompress.checkpoint.source import Checkpoint, Source, load, require_embedded, resolve
@@ -62,7 +62,7 @@ class Asked:
 def evaluate(
     model: str,
     *,
-    adapter: str | Path | None = None,
+    adapter: Given = (),
     perplexity: str | None = None,
     recall: bool = False,
     tasks: str | Sequence[str] = (),
@@ -86,8 +86,8 @@ def evaluate(
 ) -> Summary:
     """Measures a checkpoint as it lies on disk; with `out`, summary.json and the scores of every item are kept.
 
-    Asked for nothing, it measures perplexity on the shipped text ("default"). `adapter`, a folder in PEFT's format, is
-    merged into the model first.
+    Asked for nothing, it measures perplexity on the shipped text ("default"). `adapter`, a folder in PEFT's format or
+    several, is put into the model first.
     Tasks are lm-eval's, one after another; asked for again, an interrupted run goes on after the last finished one.
     A text of them names several with commas.
     Of every window of `length` tokens of the text the first `context` are read and not scored: half of them where the
@@ -110,7 +110,7 @@ def evaluate(
     asked = replace(asked, context=_context(source, length, context))
     if against:
         resolve(against)  # before anything is measured
-    record = describe(source, None if adapter is None else find(adapter))
+    record = describe(source, find_all(adapter))
     key = asked.key(model=record.sha256, device=device, dtype=dtype, backend=backend)
     writing = {"marked": RESULTS, "overwrite": overwrite, "source": source, "recipe_hash": key}
     with _folder(out, writing) as folder:

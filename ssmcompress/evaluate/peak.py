@@ -55,8 +55,8 @@ def peak(checkpoint: Checkpoint, length: int, decode_tokens: int, batch: int) ->
         _work(model, length, decode_tokens, batch)
         return torch.cuda.max_memory_allocated(model.device) - others, own
     dtype, backend = str(model.dtype).removeprefix("torch."), next(mixers(model)).backend.name
-    adapter = checkpoint.adapter.folder if checkpoint.adapter else ""
-    given = (checkpoint.source.folder, adapter, dtype, backend, length, decode_tokens, batch, torch.get_num_threads())
+    adapters = os.pathsep.join(str(adapter.folder) for adapter in checkpoint.adapters)
+    given = (checkpoint.source.folder, adapters, dtype, backend, length, decode_tokens, batch, torch.get_num_threads())
     ran = subprocess.run(
         [sys.executable, "-c", CHILD, *map(str, given)],
         capture_output=True,
@@ -73,11 +73,12 @@ def peak(checkpoint: Checkpoint, length: int, decode_tokens: int, batch: int) ->
     return most, before
 
 
-def report(folder: str, adapter: str, dtype: str, backend: str, *sizes: str) -> None:
+def report(folder: str, adapters: str, dtype: str, backend: str, *sizes: str) -> None:
     """The part of `peak` in the process of its own: loads, works, and writes both figures to stdout."""
     length, decode_tokens, batch, threads = map(int, sizes)
     torch.set_num_threads(threads)
-    model = load(folder, adapter=adapter or None, dtype=getattr(torch, dtype), backend=backend).model
+    given = adapters.split(os.pathsep) if adapters else ()
+    model = load(folder, adapter=given, dtype=getattr(torch, dtype), backend=backend).model
     before = resident("VmRSS")
     forget()
     _work(model, length, decode_tokens, batch)

@@ -131,7 +131,7 @@ class Summary(BaseModel):
         **fields: Any,
     ) -> "Summary":
         """The summary of what was measured."""
-        weights, adapter, policy = checkpoint.stored, checkpoint.adapter, checkpoint.arch.policy
+        weights, adapters, policy = checkpoint.stored, checkpoint.adapters, checkpoint.arch.policy
         if likelihood is not None:
             fields |= {
                 "text": Path(text or "").name,
@@ -145,7 +145,7 @@ class Summary(BaseModel):
         return cls(
             model=source.name,
             label=checkpoint.label,
-            adapter=adapter.label if adapter else None,
+            adapter=" + ".join(adapter.label for adapter in adapters) or None,
             model_sha256=source.sha256,
             versions=versions(),
             params=sum(tensor.numel() for tensor in state_dict(checkpoint.model).values()),
@@ -153,7 +153,7 @@ class Summary(BaseModel):
             state_bytes=checkpoint.arch.state_bytes(),
             flops_reduction=saved(checkpoint.arch.layers, policy.layers, policy.keep) if policy else None,
             recall=tuple(probe.to_dict() for probe in memory or ()),
-            **(({"source": source.name} if adapter else {}) | _origin(checkpoint.source) | fields),
+            **(({"source": source.name} if adapters else {}) | _origin(checkpoint.source) | fields),
         )
 
     def write(self, folder: Path, likelihood: Perplexity | None, items: Sequence[Item] = ()) -> None:

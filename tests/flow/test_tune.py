@@ -39,7 +39,7 @@ def tuned(data: Path, out: Path, model: str = "ref:mamba", **options: object) ->
 
 
 @torch.no_grad()
-def logits(model: str | Path, adapter: Path | None = None) -> torch.Tensor:
+def logits(model: str | Path, adapter: Path | tuple[()] = ()) -> torch.Tensor:
     return load(str(model), adapter=adapter, dtype=torch.float32).model(IDS, use_cache=False).logits
 
 
@@ -111,11 +111,29 @@ def test_eval_generate_and_report_take_it(data: Path, tmp_path: Path, capsys: py
     assert "adapter" in (tmp_path / "results" / "summary.json").read_text()
 
 
+def test_adapters_stand_one_on_another(data: Path, tmp_path: Path) -> None:
+    first = tuned(data, tmp_path / "lora", method="lora", targets=("in_proj",))
+    second = tuned(data, tmp_path / "offset", adapter=first)
+    config = json.loads((second / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "ref:mamba + lora"
+    checkpoint = load("ref:mamba", adapter=[first, second], dtype=torch.float32)
+    assert checkpoint.label == "ref:mamba + lora + offset"
+    apart = [logits("ref:mamba", each) for each in (first, second)]
+    with torch.no_grad():
+        both = checkpoint.model(IDS, use_cache=False).logits
+    assert not any(torch.equal(both, each) for each in apart)
+    summary = ssmcompress.evaluate("ref:mamba", adapter=[first, second], recall=True, out=tmp_path / "results")
+    assert summary.adapter == "lora + offset"
+    assert len(summary.model_sha256) == 5
+    with pytest.raises(UnsupportedError, match="There is an adapter"):
+        load("ref:mamba", adapter=[second, second])
+
+
 def test_a_pruned_model_is_repaired_by_its_dense_one(data: Path, tmp_path: Path) -> None:
     ssmcompress.prune("ref:mamba", method="magnitude", sparsity=0.6, out=tmp_path / "pruned", no_eval=True)
     out = tuned(data, tmp_path / "a", str(tmp_path / "pruned"), method="full", objective="distill", hidden=0.1)
     weight = "backbone.layers.2.mixer.in_proj.weight"
-    before, after = (load(str(tmp_path / "pruned"), adapter=each).model.get_parameter(weight) for each in (None, out))
+    before, after = (load(str(tmp_path / "pruned"), adapter=each).model.get_parameter(weight) for each in ((), out))
     assert not torch.equal(before, after)
     assert torch.equal(before == 0, after == 0)  # what is pruned stays so
     assert json.loads((out / "tuning.json").read_text())["base"]["name"] == "pruned"
