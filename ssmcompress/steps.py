@@ -129,8 +129,8 @@ class Cut(Strict):
     layers then end with sizes of their own, and a number is that of all. `correct` makes up for what went: refit solves
     each out_proj for the dense block's output, and is usual for channels and heads; bias gives it the mean of what
     went; rescale corrects the norms that heads, or dimensions, share, and is usual for the latter. The method rotate
-    takes the states of Mamba-2 to a basis of fewer instead of choosing among them; merge gives all heads of a run of
-    its groups the mean of their B and C, where other methods give them those of the best group. `any_size` lets sizes
+    takes the states of Mamba-2 to a basis of fewer instead of choosing among them; merge lets the heads of a run of its
+    groups share the mean of what makes B and C, where by other methods they share the best group. `any_size` lets sizes
     pass that kernels run slowly or not at all; `stock_only` refuses those that no config of transformers says.
     """
 

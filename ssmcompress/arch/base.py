@@ -186,8 +186,7 @@ class Arch(ABC):
         except UnsupportedError:
             if stock or self.pruned_config is None:
                 raise
-        known = zip_longest(sizes, rotated)
-        blocks = [self.entry(block, before) for block, before in known]
+        blocks = [self.entry(block, before) for block, before in zip_longest(sizes, rotated)]
         fields = {"num_hidden_layers": len(blocks), "block_sizes": blocks, "out_proj_bias": bias}
         try:
             return self._said(self.pruned_config, fields)
