@@ -56,6 +56,9 @@ def edit(
         if not isinstance(step, Prune):  # which has changed the weights already
             edited = edited_by(edited, made)
         found = editing.compose(found, [surgery.lift(edit, shapes) for edit in made])
+    if editing.reshaping(found):  # in one pass, so that a replay writes the same config
+        edited = replace(edited, arch=Surgery(checkpoint.arch, found).arch)
+        edited.model.config = edited.arch.config
     return found, edited
 
 

@@ -26,9 +26,10 @@ Method = Literal[
     "shedder",
     "similarity",
     "rotate",
+    "merge",
     "random",
 ]
-AxisName = Literal["state", "channel", "dt_rank", "head", "head_channel", "width", "ssm", "layer"]
+AxisName = Literal["state", "channel", "dt_rank", "head", "head_channel", "group", "width", "ssm", "layer"]
 
 TOKENS = "Which tokens leave"
 SHIPPED = "default"  # the text that comes with the package

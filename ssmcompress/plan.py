@@ -23,7 +23,7 @@ from ssmcompress.errors import InputError, RecipeError, ResourceError, Unsupport
 from ssmcompress.events import Emit, Note, Table, ignore
 from ssmcompress.prune.apply import BLOCK
 from ssmcompress.prune.shares import sized
-from ssmcompress.prune.sizes import Figures, Size, Weights, figures, outline, unlike, weigh
+from ssmcompress.prune.sizes import Figures, Size, Weights, figures, outline, renewed, unlike, weigh
 from ssmcompress.prune.targets import Target, formless, targets
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import read, shipped
@@ -141,6 +141,9 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
                 apart |= {step.axis} if change.open else unlike(surgery.arch, step.axis)
             cut = outline(surgery.arch, step, change.layers or change.after)
             units = editing.compose(units, [surgery.lift(edit, weights.shapes) for edit in cut])
+            for name in renewed(surgery.arch, step):
+                kept.pop(names[name], None)
+                anew.add(names[name])
             continue
         for module, target in targets(surgery.arch, step).items():
             told = memory if module == DECAYS else kept

@@ -15,12 +15,14 @@ Method = Literal["wanda", "magnitude", "sparsegpt", "sparsessm", "sparsessm_v2"]
 SPARSESSM = ("sparsessm", "sparsessm_v2")  # on the entries of A_log
 UNITS = ("taylor", "flap", "minitron", "magnitude", "random")
 LAYER, SSM, WIDTH = WHOLE = "layer", "ssm", "width"  # axes of the model: blocks, their scans, residual dimensions
+GROUP = "group"  # of B and C, in Mamba-2
 METHODS = {  # of each axis, the usual one first
     "state": ("ghost", "joint", "sparsessm", "last", "taylor", "magnitude", "random", "rotate"),
     "channel": UNITS,
     "dt_rank": ("wanda", "taylor", "magnitude", "random"),
     "head": UNITS,
     "head_channel": UNITS,
+    "group": ("merge", "taylor", "magnitude", "random"),
     "width": ("minitron", "taylor", "magnitude", "random"),
     "ssm": ("shedder", "similarity", "random"),
     "layer": ("shedder", "similarity", "random"),
@@ -124,12 +126,13 @@ class Cut(Strict):
     layers then end with sizes of their own, and a number is that of all. `correct` makes up for what went: refit solves
     each out_proj for the dense block's output, and is usual for channels and heads; bias gives it the mean of what
     went; rescale corrects the norms that heads, or dimensions, share, and is usual for the latter. The method rotate
-    takes the states of Mamba-2 to a basis of fewer instead of choosing among them. `any_size` lets sizes pass that
-    kernels run slowly or not at all; `stock_only` refuses those that no config of transformers says.
+    takes the states of Mamba-2 to a basis of fewer instead of choosing among them; merge lets the heads of a run of its
+    groups share the mean of what makes B and C, where by other methods they share the best group. `any_size` lets sizes
+    pass that kernels run slowly or not at all; `stock_only` refuses those that no config of transformers says.
     """
 
     step: Literal["prune"] = "prune"
-    axis: Literal["state", "channel", "dt_rank", "head", "head_channel", "width", "ssm", "layer"]
+    axis: Literal["state", "channel", "dt_rank", "head", "head_channel", "group", "width", "ssm", "layer"]
     method: str | None = None
     keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     target: str | None = None
@@ -159,6 +162,8 @@ class Cut(Strict):
             raise ValueError(f"bias stands in for inputs of out_proj that went; the axis {self.axis} leaves them all")
         if self.scope and self.axis in WHOLE:
             raise ValueError(f"scope has no meaning with the axis {self.axis}, which is one for the whole model")
+        if self.scope == "model" and self.merges:
+            raise ValueError("merge has no scores by which groups of all layers compete: name taylor, or another")
         if self.method not in (None, *METHODS[self.axis]):
             near = get_close_matches(str(self.method), METHODS[self.axis], n=1)
             known = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS[self.axis])}"
@@ -181,6 +186,11 @@ class Cut(Strict):
         return self.method == "rotate"
 
     @property
+    def merges(self) -> bool:
+        """Whether runs of groups become their mean."""
+        return self.criterion == "merge"
+
+    @property
     def reach(self) -> Literal["layer", "model"] | None:
         """Where the units of a block's axis compete: within their layer unless told; None for an axis of the model."""
         return None if self.axis in WHOLE else self.scope or "layer"
@@ -188,12 +198,12 @@ class Cut(Strict):
     @property
     def calibrated(self) -> bool:
         """Whether the scores need calibration text."""
-        return self.new_values or self.criterion not in ("magnitude", "last", "random")
+        return self.correction != "none" or self.criterion not in ("magnitude", "last", "merge", "random")
 
     @property
     def new_values(self) -> bool:
         """Whether weights that stay get new values."""
-        return self.correction != "none"
+        return self.correction != "none" or self.merges
 
 
 class ReduceTokens(Strict):

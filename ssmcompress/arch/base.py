@@ -3,6 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, Self, TypeGuard, cast
 
 import torch
@@ -93,6 +94,10 @@ class Arch(ABC):
     @abstractmethod
     def axes(self, layer: int = 0) -> dict[str, Axis]:
         """The axes of one block, by name."""
+
+    def runs(self, axis: str, after: int) -> int:
+        """Into how many runs of as many neighbours a block's units fall, where each keeps as many: `after` of all."""
+        return 1
 
     def has_scan(self, layer: int) -> bool:
         """Whether a block has a scan: states."""
@@ -186,14 +191,17 @@ class Arch(ABC):
         except UnsupportedError:
             if stock or self.pruned_config is None:
                 raise
-        blocks = [{axis: block[axis] for axis in self.sizes[0]} for block in sizes]
-        for block, before in zip(blocks, rotated, strict=False):
-            block |= {} if before is None else {"rotated_from": before}
+        blocks = [self.entry(block, before) for block, before in zip_longest(sizes, rotated)]
         fields = {"num_hidden_layers": len(blocks), "block_sizes": blocks, "out_proj_bias": bias}
         try:
             return self._said(self.pruned_config, fields)
         except ValueError as error:
             raise UnsupportedError(str(error)) from error
+
+    def entry(self, sizes: Mapping[str, int], rotated: int | None) -> dict[str, int]:
+        """What the pruned config says of one block."""
+        found = {axis: sizes[axis] for axis in cast(Any, self.pruned_config).axes}
+        return found if rotated is None else found | {"rotated_from": rotated}
 
     def _shared(self, sizes: Sequence[Mapping[str, int]]) -> dict[str, int]:
         """What a stock config says of these sizes; UnsupportedError where layers differ."""

@@ -16,6 +16,7 @@ from ssmcompress.arch.base import ROTATION, Arch, Mixer, adopt, decay, hold, rea
 from ssmcompress.arch.modeling_ssmcompress import PrunedMamba2Config
 from ssmcompress.arch.scan import Scan, stride
 from ssmcompress.errors import UnsupportedError
+from ssmcompress.steps import GROUP
 
 
 class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
@@ -103,53 +104,68 @@ class Mamba2(Arch):
     prunable = ("in_proj", "conv1d", "out_proj")
     hookless = ("conv1d", "A_log", "D", "dt_bias")
     fixed = ("A_log", "D", "dt_bias", "rotation", "embeddings", "lm_head")
-    scan_axes = PrunedMamba2Config.scan_axes
+    scan_axes = (*PrunedMamba2Config.scan_axes, GROUP)
     scan_only = ("mixer.dt_bias", "mixer.A_log", *ROTATION)
 
     def axes(self, layer: int = 0) -> dict[str, Axis]:
-        """Head, head_channel (the same index in every head) and state (the same index in every group, for B and C)."""
-        heads, width, states = (self.sizes[layer][axis] for axis in ("head", "head_channel", "state"))
-        groups, inner, size = self.config.n_groups, heads * width, self._projected(layer)
+        """Head, head_channel and state, the same index in every head or group, and group: what a run of heads reads.
 
-        def inner_units(**where: int) -> tuple[Slice, ...]:
-            return (
-                *self.rows("in_proj", **where),
-                *self.rows("in_proj", **where, offset=inner),
-                *self.rows("conv1d", **where),
-                Slice("mixer.norm.weight", 0, **where),
-                Slice("mixer.out_proj.weight", 1, **where),
-            )
-
-        per_head = (
-            *self.rows("in_proj", offset=2 * inner + 2 * groups * size),
+        Heads stay in their order when groups go, and each that stays is read by the whole run.
+        """
+        heads, width, states, groups = (self.sizes[layer][axis] for axis in ("head", "head_channel", "state", GROUP))
+        inner, size = heads * width, self._projected(layer)
+        own = (
+            *self.rows("in_proj", offset=2 * (inner + groups * size)),
             Slice("mixer.dt_bias", 0),
             Slice("mixer.A_log", 0),
             Slice("mixer.D", 0),
         )
-        plain: tuple[Slice, ...] = ()
-        for start in (inner, inner + groups * size):  # B, then C; in_proj has z before them
-            where = {"period": size, "repeats": groups}
-            plain += self.rows("in_proj", offset=inner + start, **where) + self.rows("conv1d", offset=start, **where)
-        rotated = tuple(Slice(name, 1) for name in ROTATION)
+        plain, whole = self._B_and_C(layer, period=size, repeats=groups), self._B_and_C(layer, width=size)
+        if self.rotated[layer]:
+            plain = tuple(Slice(name, 1) for name in ROTATION)
+            whole += tuple(Slice(name, 0) for name in ROTATION)
         if not size:
-            per_head, plain = (Slice("mixer.D", 0),), ()
+            own, plain, whole = (Slice("mixer.D", 0),), (), ()
         return {
-            "head": Axis("head", heads, inner_units(width=width) + per_head, None),
-            "head_channel": Axis("head_channel", width, inner_units(period=width, repeats=heads), None),
-            "state": Axis("state", states, rotated if self.rotated[layer] else plain, "state_size"),
+            "head": Axis("head", heads, self._inner(inner, width=width) + own, None),
+            "head_channel": Axis("head_channel", width, self._inner(inner, period=width, repeats=heads), None),
+            "state": Axis("state", states, plain, "state_size"),
+            GROUP: Axis(GROUP, groups, whole, None),
         }
+
+    def _inner(self, inner: int, **where: int) -> tuple[Slice, ...]:
+        """The same cut through z, x and all that has as many channels."""
+        return (
+            *self.rows("in_proj", **where),
+            *self.rows("in_proj", **where, offset=inner),
+            *self.rows("conv1d", **where),
+            Slice("mixer.norm.weight", 0, **where),
+            Slice("mixer.out_proj.weight", 1, **where),
+        )
+
+    def _B_and_C(self, layer: int, **where: int) -> tuple[Slice, ...]:
+        """The same cut through B and C: in_proj has z and x before them, the convolution x."""
+        inner = self.sizes[layer]["head"] * self.sizes[layer]["head_channel"]
+        slices: tuple[Slice, ...] = ()
+        for start in (inner, inner + self.sizes[layer][GROUP] * self._projected(layer)):
+            slices += self.rows("in_proj", offset=inner + start, **where) + self.rows("conv1d", offset=start, **where)
+        return slices
+
+    def runs(self, axis: str, after: int) -> int:
+        """Every group of the norm keeps as many heads; every run of groups that become one keeps one of them."""
+        return {"head": self.config.n_groups, GROUP: max(1, after)}.get(axis, 1)
 
     def additions(self, layer: int) -> dict[str, tuple[int | str | None, ...]]:
         """A bias of out_proj, and the basis [groups, fewer, states] of B and of C."""
         found = super().additions(layer)
         if self.has_scan(layer) and self.rotated[layer] is None:
-            found |= dict.fromkeys(ROTATION, (self.config.n_groups, None, "state"))
+            found |= dict.fromkeys(ROTATION, (GROUP, None, "state"))
         return found
 
     def scan(self, layer: int) -> Axis:
         """A block's scan as one unit: B, C and dt in in_proj, behind z and x; B and C in the convolution."""
-        heads, width = (self.sizes[layer][axis] for axis in ("head", "head_channel"))
-        inner, shared = heads * width, 2 * self.config.n_groups * self._projected(layer)
+        heads, width, groups = (self.sizes[layer][axis] for axis in ("head", "head_channel", GROUP))
+        inner, shared = heads * width, 2 * groups * self._projected(layer)
         slices = (
             *self.rows("in_proj", offset=2 * inner, width=shared + heads),
             *self.rows("conv1d", offset=inner, width=shared),
@@ -167,11 +183,10 @@ class Mamba2(Arch):
 
     def state_bytes(self) -> int:
         """Bytes of recurrent state one sequence keeps between tokens: float32 states and convolution inputs."""
-        left, groups = self.config.conv_kernel - 1, self.config.n_groups
-        entries = 0
+        left, entries = self.config.conv_kernel - 1, 0
         for layer, block in enumerate(self.sizes):
             inner = block["head"] * block["head_channel"]
-            entries += inner * block["state"] + (inner + 2 * groups * self._projected(layer)) * left
+            entries += inner * block["state"] + (inner + 2 * block[GROUP] * self._projected(layer)) * left
         return 4 * entries
 
     def fields(self, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -179,6 +194,11 @@ class Mamba2(Arch):
         inner = sizes["head"] * sizes["head_channel"]
         if sizes["head"] % self.config.n_groups:
             raise UnsupportedError(f"{sizes['head']} heads are no multiple of {self.config.n_groups} groups.")
+        if (groups := sizes.get(GROUP, self.config.n_groups)) != self.config.n_groups:
+            raise UnsupportedError(
+                f"A stock mamba2 config has one number of groups, for B, C and the norm: not {groups} of"
+                f" {self.config.n_groups}."
+            )
         if inner % self.config.hidden_size:
             raise UnsupportedError(
                 f"A stock mamba2 config cannot say {sizes['head']} heads of {sizes['head_channel']} channels: together"
@@ -192,6 +212,12 @@ class Mamba2(Arch):
         }
 
     def uniform(self) -> dict[str, int]:
-        """Heads, their channels and states."""
+        """Heads, their channels, states and groups."""
         config = self.config
-        return {"head": config.num_heads, "head_channel": config.head_dim, "state": config.state_size}
+        sizes = {"head": config.num_heads, "head_channel": config.head_dim, "state": config.state_size}
+        return sizes | {GROUP: config.n_groups}
+
+    def entry(self, sizes: Mapping[str, int], rotated: int | None) -> dict[str, int]:
+        """With the number of groups where it is not that of the norm."""
+        found, groups = super().entry(sizes, rotated), sizes.get(GROUP, self.config.n_groups)
+        return found | ({GROUP: groups} if sizes["state"] and groups != self.config.n_groups else {})

@@ -2,7 +2,7 @@
 
 Units whose weights are zero still widen the mean of a norm that they pass: the gated norm of Mamba-2, and the
 weightless norms of Falcon Mamba. There the sum is divided by the number of entries that stay. Rotated states are the
-dense ones, of which only a projection is read.
+dense ones, of which only a projection is read. Groups that went are copies of the one that their heads read instead.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from ssmcompress.arch.base import ROTATION, Arch
 from ssmcompress.arch.mamba2 import Mamba2Mixer
 from ssmcompress.arch.surgery import removed
 from ssmcompress.edits import Add, Edit, Keep
-from ssmcompress.steps import SSM, WIDTH
+from ssmcompress.steps import GROUP, SSM, WIDTH
 
 WEIGHTLESS = {"state": ("b_layernorm", "c_layernorm"), "dt_rank": ("dt_layernorm",)}
 
@@ -58,7 +58,8 @@ def mask(model: nn.Module, arch: Arch, edits: Iterable[Edit]) -> None:
     for layer, block in enumerate(blocks):
         into, out = (added.get(arch.prefix(layer) + name) for name in ROTATION)
         if into is not None and out is not None:
-            block.mixer.__class__, block.mixer.projector = ProjectedMixer, out.mT @ into
+            read = readers(edits, layer, len(into))
+            block.mixer.__class__, block.mixer.projector = ProjectedMixer, (out.mT @ into)[read]
     for edit in edits:
         if not isinstance(edit, Keep):
             continue
@@ -69,8 +70,29 @@ def mask(model: nn.Module, arch: Arch, edits: Iterable[Edit]) -> None:
                 mixer = blocks[layer].mixer
                 for tensor in _readout(mixer) if edit.axis == SSM else mixer.out_proj.parameters():
                     tensor.zero_()
+        elif edit.axis == GROUP:
+            _share_groups(blocks[edit.layer], arch, edit)
         else:
             _mask_block(blocks[edit.layer], arch, edit)
+
+
+def readers(edits: Iterable[Edit], layer: int, groups: int) -> Tensor:
+    """The group [groups] that the heads of each read: its run's that stays, or its own."""
+    for edit in edits:
+        if isinstance(edit, Keep) and (edit.axis, edit.layer) == (GROUP, layer):
+            stays = edit.keep.nonzero().flatten()
+            return stays.repeat_interleave(groups // len(stays))
+    return torch.arange(groups)
+
+
+def _share_groups(block: nn.Module, arch: Arch, edit: Keep) -> None:
+    axis = arch.axes(edit.layer or 0)[GROUP]
+    read = readers([edit], edit.layer or 0, axis.size)
+    parameters = dict(block.named_parameters())
+    for part in axis.slices:
+        rows = parameters[part.tensor].transpose(0, part.dim)
+        for group, other in enumerate(read.tolist()):
+            rows[part.indices(group)] = rows[part.indices(other)]
 
 
 def _mask_width(model: nn.Module, arch: Arch, keep: Tensor) -> None:

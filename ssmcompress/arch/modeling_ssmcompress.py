@@ -4,7 +4,7 @@ ssmcompress writes this file beside weights that no config of transformers descr
 transformers. `block_sizes` in config.json holds the sizes of each block; the fields that are one number for all blocks
 are those of the model that was cut. A block with no states has no scan. `out_proj_bias` gives out_proj, and nothing
 else, a bias. A block of Mamba-2 with `rotated_from` projects that many states of B and C into a basis of fewer before
-the scan.
+the scan; one with `group` has so few groups of B and C, though its norm has the `n_groups` of the model that was cut.
 """
 
 import copy
@@ -17,7 +17,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 from transformers.models.mamba.modeling_mamba import MambaBlock
 from transformers.models.mamba2 import modeling_mamba2 as mamba2
 
-ROTATED = "rotated_from"
+GROUP, ROTATED = "group", "rotated_from"
 
 
 def check(config: Any) -> None:
@@ -38,6 +38,10 @@ def check(config: Any) -> None:
                 raise ValueError(f"{where} gives {axis} as {size!r}; expected a whole number of at least 1{less}.")
         if block.get("head", 0) % getattr(config, "n_groups", 1):
             raise ValueError(f"{where} gives head as {block['head']}; expected a multiple of {config.n_groups} groups.")
+        if GROUP in config.optional and config.n_groups % block.get(GROUP, 1):
+            raise ValueError(f"{where} gives group as {block[GROUP]}; expected a divisor of {config.n_groups} groups.")
+        if GROUP in block and scanless:
+            raise ValueError(f"{where} gives group as {block[GROUP]}, but no states; expected none without a scan.")
         if ROTATED in block and not 1 <= block["state"] <= block[ROTATED]:
             raise ValueError(f"{where} gives state as {block['state']}; expected 1 to the {block[ROTATED]} it was.")
     if type(config.out_proj_bias) is not bool:
@@ -73,7 +77,7 @@ class PrunedMamba2Config(Mamba2Config):
 
     model_type = "ssmcompress_mamba2"
     axes = ("head", "head_channel", "state")
-    optional = (ROTATED,)
+    optional = (GROUP, ROTATED)
     scan_axes = ("state",)
     block_sizes: list[dict[str, int]] | None = None
     out_proj_bias: bool = False
@@ -94,6 +98,7 @@ class PrunedMamba2Config(Mamba2Config):
             "num_heads": sizes["head"],
             "head_dim": sizes["head_channel"],
             "state_size": sizes.get(ROTATED, sizes["state"]),
+            "n_groups": sizes.get(GROUP, self.n_groups),
             "expand": (inner + 0.5) / self.hidden_size,  # its mixer multiplies the two and rounds down
         }
 
@@ -116,8 +121,8 @@ def rotated(x: Tensor, basis: Tensor) -> Tensor:
     return torch.einsum("...gn,grn->...gr", x, basis.to(x.dtype))
 
 
-class RotatedMamba2Mixer(mamba2.Mamba2Mixer):
-    """The mixer of Mamba-2 with a `rotation` between convolution and scan."""
+class MergedMamba2Mixer(mamba2.Mamba2Mixer):
+    """The mixer of Mamba-2 without the fused kernel of training, in which a norm has the groups of B and C."""
 
     def forward(
         self,
@@ -136,7 +141,7 @@ class RotatedMamba2Mixer(mamba2.Mamba2Mixer):
         xBC = mamba2.apply_mask_to_padding_states(convolve(self, xBC, cache), attention_mask)
         x, B, C = xBC.split([self.intermediate_size, grouped, grouped], dim=-1)
         x = x.reshape(batch, length, self.num_heads, self.head_dim)
-        B, C = self.rotation(*(part.reshape(batch, length, self.n_groups, -1) for part in (B, C)))
+        B, C = self.basis(*(part.reshape(batch, length, self.n_groups, -1) for part in (B, C)))
         if state is not None and length == 1:
             y, state = self.step(state, x[:, 0], dt[:, 0], B[:, 0], C[:, 0])
         else:
@@ -167,6 +172,18 @@ class RotatedMamba2Mixer(mamba2.Mamba2Mixer):
         B, C = (part.float().repeat_interleave(heads, dim=1) for part in (B, C))
         state = decay[..., None, None] * state + (delta[..., None] * x)[..., None] * B[:, :, None]
         return torch.einsum("bhpr,bhr->bhp", state, C) + self.D[:, None] * x, state
+
+    def basis(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """B and C [B, L, G, N] in the basis of the states."""
+        return B, C
+
+
+class RotatedMamba2Mixer(MergedMamba2Mixer):
+    """The mixer of Mamba-2 with a `rotation` between convolution and scan."""
+
+    def basis(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """B and C [B, L, G, N] → [B, L, G, fewer]."""
+        return self.rotation(B, C)
 
 
 def convolve(mixer: Any, x: Tensor, cache: Any) -> Tensor:
@@ -246,7 +263,10 @@ def rebuild(model: Any, kind: Any, scanless: Any) -> None:
         blocks.append(block := kind(config, layer_idx=layer))
         if not sizes["state"]:
             block.mixer = scanless(config, block.mixer)
-        elif ROTATED in sizes:
+        if GROUP in sizes:
+            block.mixer.norm.group_size = block.mixer.intermediate_size // model.config.n_groups
+            block.mixer.__class__ = MergedMamba2Mixer
+        if ROTATED in sizes:
             block.mixer.rotation = Rotation(config.n_groups, sizes["state"], sizes[ROTATED])
             block.mixer.__class__ = RotatedMamba2Mixer
         if config.out_proj_bias:

@@ -11,6 +11,7 @@ from ssmcompress.arch.base import Arch, adopt
 from ssmcompress.arch.gated import GatedMixer, GatedMixer2
 from ssmcompress.arch.mamba import Mamba, MambaMixer, MambaModel
 from ssmcompress.arch.mamba2 import Mamba2, Mamba2Mixer, Mamba2Model
+from ssmcompress.steps import GROUP
 
 CODE = Path(modeling.__file__)  # what must lie beside the weights, so that they load without this package
 
@@ -30,6 +31,10 @@ class PrunedMambaForCausalLM(modeling.PrunedMambaForCausalLM):
         self.backbone.__class__ = MambaModel
 
 
+class MergedMamba2Mixer(Mamba2Mixer, modeling.MergedMamba2Mixer):
+    """The mixer of Mamba-2 whose norm has more groups than B and C."""
+
+
 class RotatedMamba2Mixer(Mamba2Mixer, modeling.RotatedMamba2Mixer):
     """The mixer of Mamba-2 whose states live in a basis of their own."""
 
@@ -42,7 +47,7 @@ class PrunedMamba2ForCausalLM(modeling.PrunedMamba2ForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        adopt(self.backbone.layers, Mamba2Mixer, RotatedMamba2Mixer, GatedMixer2)
+        adopt(self.backbone.layers, Mamba2Mixer, MergedMamba2Mixer, RotatedMamba2Mixer, GatedMixer2)
         self.backbone.__class__ = Mamba2Model
 
 
@@ -75,7 +80,14 @@ class PrunedMamba(_Pruned, Mamba):
 
 
 class PrunedMamba2(_Pruned, Mamba2):
-    """Mamba-2 with heads, head channels and states of each block."""
+    """Mamba-2 with heads, head channels, states and groups of each block."""
 
     model_type = "ssmcompress_mamba2"
     model_class = PrunedMamba2ForCausalLM
+
+    @property
+    def sizes(self) -> tuple[dict[str, int], ...]:
+        """The size of every axis, a mapping a layer: without a scan there are no groups either."""
+        told = (block.get(GROUP, self.config.n_groups) for block in self.config.block_sizes)
+        pairs = zip(super().sizes, told, strict=True)
+        return tuple(sizes | {GROUP: groups if sizes["state"] else 0} for sizes, groups in pairs)

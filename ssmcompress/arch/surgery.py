@@ -186,6 +186,12 @@ class Surgery:
                 f" {self.source.layers} layers.",
                 hint="Are these the edits of another model?",
             )
+        runs = self.source.runs(edit.axis, int(edit.keep.sum()))
+        if edit.keep.numel() % runs or len(edit.keep.view(runs, -1).sum(1).unique()) > 1:
+            raise InputError(
+                f"The edits choose units in {edit.tensor} unevenly: of each of {runs} runs as many must stay.",
+                hint="Make them again.",
+            )
 
     def _check_added(self) -> None:
         for name, values in self.added.items():

@@ -13,20 +13,20 @@ def allocate(
     scores: Sequence[Tensor],
     sizes: Sequence[Sequence[int]],
     budget: float,
-    groups: int = 1,
+    runs: Callable[[int], int] = lambda _: 1,
     amount: Callable[[list[int]], float] = sum,
 ) -> list[int]:
     """The size of each layer, one of its possible `sizes`: as many units in all as the budget allows.
 
     Of all ways to share out that many, it is the one whose units have the highest sum of scores, a tensor [units] a
-    layer; where every size is possible, those are the first of one ranking. Every one of `groups` in a layer keeps
-    alike. The budget bounds the `amount` of the sizes, which is to grow with their sum. ValueError where even the
-    least sizes are beyond it.
+    layer; where every size is possible, those are the first of one ranking. A size comes from so many `runs` of
+    neighbours that keep alike. The budget bounds the `amount` of the sizes, which is to grow with their sum. ValueError
+    where even the least sizes are beyond it.
     """
     unit = gcd(*(size for each in sizes for size in each))
     worth, chosen = np.zeros(1), []
     for score, possible in zip(scores, sizes, strict=True):
-        worth, choice = _with_layer(worth, _worth(score, possible, groups), [size // unit for size in possible])
+        worth, choice = _with_layer(worth, _worth(score, possible, runs), [size // unit for size in possible])
         chosen.append(choice)
 
     def shared_out(total: int) -> list[int]:
@@ -43,10 +43,13 @@ def allocate(
     return shared_out(totals[index - 1])
 
 
-def _worth(score: Tensor, sizes: Sequence[int], groups: int) -> list[float]:
+def _worth(score: Tensor, sizes: Sequence[int], runs: Callable[[int], int]) -> list[float]:
     """The sum of the best scores for each size."""
-    best = score.double().cpu().view(groups, -1).sort(dim=1, descending=True).values.sum(0).cumsum(0)
-    return torch.cat([best.new_zeros(1), best])[torch.tensor(sizes) // groups].tolist()
+    worth: dict[int, Tensor] = {}  # of each number from every run, by the number of runs
+    for parts in {runs(size) for size in sizes}:
+        best = score.double().cpu().view(parts, -1).sort(dim=1, descending=True).values.sum(0).cumsum(0)
+        worth[parts] = torch.cat([best.new_zeros(1), best])
+    return [float(worth[runs(size)][size // runs(size)]) for size in sizes]
 
 
 def _with_layer(worth: np.ndarray, layer: Sequence[float], sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from ssmcompress.calib.walk import Walk
 from ssmcompress.edits import Edit, Keep
 from ssmcompress.events import Emit, Event, LayerDone, Note, Phase, ignore
 from ssmcompress.prune.shares import shared_out
-from ssmcompress.prune.sizes import Size, Weights, best, groups_of
+from ssmcompress.prune.sizes import Size, Weights, best
 from ssmcompress.prune.units import TAPS, Scorer, squared_gradients, without
 from ssmcompress.steps import Cut
 
@@ -37,9 +37,9 @@ def choose(
     finished = {} if finished is None else finished
     if arch.layers not in finished:
         scores = rank(model, arch, step, size.layers, windows, seed, emit)
-        groups, layers = groups_of(arch, step.axis), shared_out(arch, step, weights, scores)
+        layers = shared_out(arch, step, weights, scores)
         finished[arch.layers] = [
-            Keep(step.axis, layer, best(score, after, groups))
+            Keep(step.axis, layer, best(score, after, arch.runs(step.axis, after)))
             for layer, (score, after) in enumerate(zip(scores, layers, strict=True))
             if after
         ]

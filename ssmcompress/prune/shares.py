@@ -15,7 +15,6 @@ from ssmcompress.prune.sizes import (
     Size,
     Weights,
     figures,
-    groups_of,
     outline,
     possible,
     require_form,
@@ -48,7 +47,7 @@ def shared_out(arch: Arch, step: Cut, weights: Weights, scores: Sequence[Tensor]
     before, sizes = _before(arch, step), _possible(arch, step)
     if scores is None:
         scores = [-torch.arange(units) / units for units in before]
-    share = partial(allocate, scores, sizes, groups=groups_of(arch, step.axis))
+    share = partial(allocate, scores, sizes, runs=partial(arch.runs, step.axis))
     least = [each[0] for each in sizes]
     if step.target is None:
         wanted = _wanted(step, sum(before))

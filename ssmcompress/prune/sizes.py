@@ -12,7 +12,7 @@ from ssmcompress.arch.base import BIAS, ROTATION, Arch
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Add, Edit, Keep
 from ssmcompress.errors import UnsupportedError
-from ssmcompress.steps import LAYER, SSM, WIDTH, Cut, budget
+from ssmcompress.steps import GROUP, LAYER, SSM, WIDTH, Cut, budget
 
 CHANNELS = 8  # the kernels read channels by so many
 APART = 0.1  # of all units: a share that no size comes nearer to is refused rather than rounded
@@ -20,6 +20,7 @@ WHY = {
     "channel": f"the kernels read channels by {CHANNELS}",
     "head_channel": f"the kernels read channels by {CHANNELS}",
     "head": "every group keeps as many heads",
+    "group": "as many are merged into each that stays",
     "width": f"the kernels read dimensions by {CHANNELS}",
     "ssm": "a stock config has a scan in every block",
     "state": "the scan pads the states of Mamba-2 to a power of two, and gains nothing between",
@@ -145,6 +146,8 @@ def possible(arch: Arch, step: Cut, before: int) -> list[int]:
     sizes = list(range(1, before))
     if step.axis == "head":
         sizes = [each for each in sizes if each % arch.config.n_groups == 0]
+    elif step.axis == GROUP:
+        sizes = [each for each in sizes if before % each == 0]
     elif not step.any_size and step.axis in ("channel", "head_channel", WIDTH):
         sizes = [each for each in sizes if each % CHANNELS == 0]
     elif not step.any_size and step.axis == "state" and "head" in arch.axes():
@@ -161,7 +164,7 @@ def stock_only(arch: Arch, step: Cut) -> bool:
 
 def expressible(arch: Arch, axis: str, size: int) -> bool:
     """Whether a config of transformers says this size of an axis, of which there are more."""
-    if axis == SSM:
+    if axis in (SSM, GROUP):
         return False
     sizes = [block if axis == WIDTH else block | {axis: size} for block in arch.sizes]
     try:
@@ -175,6 +178,8 @@ def why(arch: Arch, step: Cut, *possible: Sequence[int]) -> str:
     """What keeps an axis from having any size, where these are possible, of one layer after the other."""
     if all(len(sizes) == sizes[-1] for sizes in possible if sizes[-1]):
         return "units are whole"
+    if step.axis == GROUP and stock_only(arch, step):
+        return "a stock config has as many groups of B and C as of the norm"
     heads = step.axis in ("head", "head_channel", WIDTH) and "head" in arch.axes() and stock_only(arch, step)
     return WHY[step.axis] + (", and a stock config has the channels of heads fill whole hidden sizes" if heads else "")
 
@@ -185,6 +190,12 @@ def require_form(arch: Arch, step: Cut) -> None:
     if step.axis == "state" and any(arch.rotated):
         hint = "Start from the model as it was, and cut to the number you want."
         raise UnsupportedError("The states have been rotated: a second cut would mix the two bases.", hint=hint)
+    if step.axis == GROUP and count(arch, GROUP) == 1:
+        hint = "B and C shrink along the axis state."
+        raise UnsupportedError("All heads read one group of B and C: there are none to merge.", hint=hint)
+    if step.merges and any(arch.rotated):
+        hint = "Merge the groups first, or keep the best of each run (--method taylor)."
+        raise UnsupportedError("The states have been rotated: each group has a basis of its own.", hint=hint)
     places = {place for layer in range(arch.layers) for place in arch.additions(layer)}
     if step.rotates and ROTATION[0] not in places:
         raise UnsupportedError(
@@ -205,16 +216,27 @@ def outline(arch: Arch, step: Cut, after: int | Sequence[int]) -> list[Edit]:
         return [Keep(step.axis, None, there & (there.cumsum(0) <= after))]
     if step.axis == WIDTH:
         return [Keep(WIDTH, None, torch.arange(arch.width) < after)]
-    groups, found = groups_of(arch, step.axis), list[Edit]()
+    found: list[Edit] = []
     for layer, size in enumerate(each_layer(arch, step.axis, after)):
         sizes, places = arch.sizes[layer] | {WIDTH: arch.width}, arch.additions(layer)
         news = (ROTATION if step.rotates else ()) + ((BIAS,) if step.correction == "bias" else ())
         if size and not step.rotates:
-            there = torch.arange(sizes[step.axis] // groups) < size // groups
-            found.append(Keep(step.axis, layer, there.repeat(groups)))
+            runs = arch.runs(step.axis, size)
+            there = torch.arange(sizes[step.axis] // runs) < size // runs
+            found.append(Keep(step.axis, layer, there.repeat(runs)))
         for name in (name for name in news if name in places):
             shape = [size if dim is None else dim if isinstance(dim, int) else sizes[dim] for dim in places[name]]
             found.append(Add(arch.prefix(layer) + name, torch.empty(shape, device="meta")))
+    return found
+
+
+def renewed(arch: Arch, step: Cut) -> set[str]:
+    """The weights that a step gives new values, which may fill zeros that were there."""
+    found: set[str] = set()
+    for layer in (layer for layer, sizes in enumerate(arch.sizes) if sizes.get(step.axis)):
+        some = {"mixer.out_proj.weight"} if step.correction == "refit" else set[str]()
+        some |= arch.axes(layer)[step.axis].tensors if step.merges else set()
+        found |= {arch.prefix(layer) + name for name in some}
     return found
 
 
@@ -223,16 +245,11 @@ def each_layer(arch: Arch, axis: str, after: int | Sequence[int]) -> list[int]:
     return [min(after, sizes[axis]) for sizes in arch.sizes] if isinstance(after, int) else list(after)
 
 
-def groups_of(arch: Arch, axis: str) -> int:
-    """How many groups of a block's units keep as many each."""
-    return arch.config.n_groups if axis == "head" else 1
-
-
-def best(score: Tensor, after: int, groups: int = 1) -> Tensor:
-    """The `after` highest of scores [units], as many of each of `groups` alike, of equals the first: bool [units]."""
-    parts = score.view(groups, -1)
+def best(score: Tensor, after: int, runs: int = 1) -> Tensor:
+    """The `after` highest of scores [units], as many of each of `runs` alike, of equals the first: bool [units]."""
+    parts = score.view(runs, -1)
     order = parts.argsort(dim=1, descending=True, stable=True)
-    keep = torch.zeros_like(parts, dtype=torch.bool).scatter(1, order[:, : after // groups], True)
+    keep = torch.zeros_like(parts, dtype=torch.bool).scatter(1, order[:, : after // runs], True)
     return keep.flatten()
 
 
@@ -260,7 +277,7 @@ def _impossible(arch: Arch, step: Cut, before: int, wanted: float, sizes: list[i
     near = " or ".join(f"{each} (--keep {each / before:.4g})" for each in sorted({below, above}))
     outside = wanted > before or wanted < 1
     reason = f"there are {before}" if wanted > before else "at least one must" if wanted < 1 else why(arch, step, sizes)
-    forced = "" if outside or step.axis in ("head", SSM, LAYER) else " Or say --any-size."
+    forced = "" if outside or step.axis in ("head", GROUP, SSM, LAYER) else " Or say --any-size."
     return UnsupportedError(
         f"{wanted:g} of {before} {step.axis}s cannot stay: {reason}.", hint=f"The nearest possible: {near}.{forced}"
     )

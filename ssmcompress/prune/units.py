@@ -20,8 +20,9 @@ from ssmcompress.edits import Add, Edit, Keep, Replace
 from ssmcompress.events import Advance, Emit, LayerDone, Phase, ignore
 from ssmcompress.prune import masks, scores
 from ssmcompress.prune.correct import compensated, refitted, rescaled
+from ssmcompress.prune.merge import merged
 from ssmcompress.prune.rotate import bases, worths
-from ssmcompress.prune.sizes import best, each_layer, groups_of, outline
+from ssmcompress.prune.sizes import best, each_layer, outline
 from ssmcompress.steps import Cut
 
 Fisher = Mapping[str, Tensor]
@@ -59,7 +60,9 @@ def find_units(
     fisher = {}
     if step.criterion == "taylor" and windows is not None and not chosen:
         fisher = squared_gradients(model, windows, arch.coupled(step.axis), emit)
-    emit(Phase(f"removing {step.axis}s" if chosen else f"choosing {step.axis}s by {step.criterion}", arch.layers))
+    doing = "merging" if step.merges else "removing" if chosen else "choosing"
+    by = "" if step.merges or chosen else f" by {step.criterion}"
+    emit(Phase(f"{doing} {step.axis}s{by}", arch.layers))
     cutter = _Cutter(model, arch, step, after, dtypes or {}, fisher, seed, {} if finished is None else finished, chosen)
     if step.calibrated and windows is not None:
         known = (*cutter.finished, *without(arch, step.axis))
@@ -132,15 +135,20 @@ class _Cutter:
         return made
 
     def _fewer(self, layer: int, block: nn.Module, statistics: Mapping[str, Any]) -> list[Edit]:
-        """The units that stay, or the bases that take all of them to so few."""
+        """The units that stay, with the means of merged ones; or the bases that take all of them to so few."""
         axis, after = self.axes[layer], self.after[layer]
         if self.step.rotates:
             held, read = statistics["scan"].moments
             return [self._add(layer, *each) for each in zip(ROTATION, bases(held, read, after), strict=True)]
         if self.chosen:
             return [self.chosen[layer]]
+        if self.step.merges:
+            news = {name: merged(axis, name, block.get_parameter(name), after) for name in sorted(axis.tensors)}
+            first = Keep(axis.name, layer, best(torch.zeros(axis.size), after, after))
+            return [first, *(self._replace(layer, name, values) for name, values in news.items())]
         scorer = Scorer(self.arch, axis, layer, block, statistics, self.fisher, self.seed, after)
-        return [Keep(axis.name, layer, best(scorer.score(self.step.criterion), after, groups_of(self.arch, axis.name)))]
+        runs = self.arch.runs(axis.name, after)
+        return [Keep(axis.name, layer, best(scorer.score(self.step.criterion), after, runs))]
 
     def _biased(self, layer: int, values: Tensor) -> Edit:
         if self.arch.biased:

@@ -93,6 +93,8 @@ def _brief(step: Step) -> str:
 
 def _sentence(step: Prune | Cut) -> str:
     if isinstance(step, Cut):
+        if step.merges:
+            return f"Of the {step.axis}s of B and C, {_amount(step)} stay, each of them the mean of its run."
         return f"Of the {step.axis}s, {_amount(step)} stay, chosen by {step.criterion}; the others are removed."
     names = tuple(name for name in step.include if name != DECAYS)
     if step.method in SPARSESSM or (step.include and not names):

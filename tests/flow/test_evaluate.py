@@ -129,7 +129,7 @@ def test_models_lists_families_and_shipped_checkpoints(run):
     for word in ("mamba", "falcon_mamba", "mamba2", "in_proj", "dt_rank", "head_channel", "conv1d", *SHIPPED):
         assert word in printed
     found = {family.model_type: family for family in ssmcompress.models()}
-    assert found["mamba2"].axes == ("head", "head_channel", "state", "width", "ssm", "layer")
+    assert found["mamba2"].axes == ("head", "head_channel", "state", "group", "width", "ssm", "layer")
     assert "dt_proj" in found["mamba"].hookless and "dt_bias" in found["mamba2"].hookless
 
 

@@ -139,6 +139,20 @@ def test_all_that_steps_remove_and_add_composes(models, text, tmp_path, order):
     assert (torch.load(tmp_path / "words.pt") - logits).abs().max() <= 1e-5 * logits.abs().max()
 
 
+def test_sizes_that_a_stock_config_says_are_told_as_the_source_has_them_where_a_later_step_needs_our_own(
+    models, small, tmp_path
+):
+    steps = [{"step": "prune", "axis": "head", "keep": 0.5, "method": "magnitude"}]
+    steps.append({"step": "prune", "axis": "state", "method": "rotate", "keep": 4})
+    calibrate = {"text": small["calib"], "windows": 2, "length": 32}
+    made = recipe(model=models["mamba2"], steps=steps, calibrate=calibrate)
+    ssmcompress.run(made, out=tmp_path / "out", no_eval=True)
+    ssmcompress.apply(tmp_path / "out/edits.safetensors", models["mamba2"], out=tmp_path / "again")
+    assert lasting(tmp_path / "again") == lasting(tmp_path / "out")
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    assert said["num_heads"] == 8 and [sizes["head"] for sizes in said["block_sizes"]] == [4, 4]
+
+
 def deepened(model, folder):
     """A model of four blocks: those of another twice."""
     shutil.copytree(model, folder)
@@ -204,4 +218,4 @@ def test_steps_that_add_compose_in_one_recipe(tmp_path):
     assert (tmp_path / "all/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
     arch = ssmcompress.load(str(tmp_path / "all")).arch
     assert arch.layers == 5 and arch.rotated == (64,) * 5 and arch.out_proj_bias
-    assert arch.sizes == ({"head": 6, "head_channel": 64, "state": 32},) * 5
+    assert arch.sizes == ({"head": 6, "head_channel": 64, "state": 32, "group": 1},) * 5

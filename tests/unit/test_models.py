@@ -25,4 +25,5 @@ def test_what_can_be_done_to_a_family():
     assert set(found["mamba2"].stock_axes) <= set(found["mamba2"].axes)
     assert "ssm" not in found["mamba"].stock_axes and "width" in found["mamba"].stock_axes
     assert "width" not in found["mamba2"].stock_axes
+    assert "group" in found["mamba2"].axes and "group" not in found["mamba2"].stock_axes
     assert "state" in found["mamba2"].stock_axes and "head_channel" not in found["mamba2"].stock_axes

@@ -13,7 +13,7 @@ from ssmcompress.plan import expected_kept, forecast, records_of
 from ssmcompress.prune.apply import BLOCK
 from ssmcompress.prune.masks import n_of_m, unstructured
 from ssmcompress.prune.targets import Target
-from ssmcompress.steps import Cut
+from ssmcompress.steps import Cut, Prune
 from tests.unit.arch.models import ALL, CONFIGS
 from tests.unit.checkpoint import folders
 from tests.unit.prune.test_sizes import weights
@@ -81,6 +81,27 @@ def test_what_forgets_is_no_zero(folder):
     assert any("memoryless" in event.text for event in events if isinstance(event, Note))
     both = plan_function(str(folder), method="magnitude", sparsity=0.25, include=("A_log", "out_proj"))
     assert both.zeros == 2 * int(32 * 64 * 0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "correct", "renewed"),
+    [
+        ("mamba2-grouped", "head", "refit", {"out_proj"}),
+        ("mamba2-grouped", "head", "none", set()),
+        ("mamba2-grouped", "group", "none", {"in_proj", "conv1d"}),
+        ("mamba2-grouped", "group", "refit", {"in_proj", "conv1d", "out_proj"}),
+        ("gated-mamba2", "group", "none", {"in_proj", "conv1d"}),
+    ],
+)
+def test_zeros_that_new_values_may_fill_are_not_counted(name, axis, correct, renewed):
+    """Those of the blocks that are cut: without a scan there are no groups to merge."""
+    arch = arch_for(ALL[name])
+    zeros = Prune(sparsity=0.5, include=("in_proj", "conv1d", "out_proj"))
+    found = forecast(arch, [zeros, Cut(axis=axis, keep=0.5, correct=correct)], weights(name))
+    layers = [layer for layer in range(arch.layers) if axis == "head" or arch.has_scan(layer)]
+    gone = {arch.weight(layer, module) for layer in layers for module in renewed}
+    every = {arch.weight(layer, module) for layer in range(2) for module in ("in_proj", "conv1d", "out_proj")}
+    assert set(found.kept) == every - gone and gone <= found.anew
 
 
 def test_it_reads_no_weight_and_writes_nothing(folder, monkeypatch):

@@ -93,6 +93,32 @@ PRUNED = {  # of which no stock config says the sizes
         ],
         out_proj_bias=True,
     ),
+    "merged-mamba2": PrunedMamba2Config(  # eight and four groups of the norm, fewer of B and C
+        **SHARED,
+        num_heads=8,
+        head_dim=8,
+        n_groups=8,
+        state_size=4,
+        chunk_size=8,
+        time_step_limit=(0.01, 0.2),
+        use_bias=True,
+        block_sizes=[
+            {"head": 8, "head_channel": 8, "state": 4, "group": 4},
+            {"head": 8, "head_channel": 5, "state": 3, "group": 1},
+        ],
+    ),
+    "merged-mamba2-rotated": PrunedMamba2Config(
+        **SHARED,
+        num_heads=8,
+        head_dim=8,
+        n_groups=4,
+        state_size=8,
+        chunk_size=8,
+        block_sizes=[
+            {"head": 4, "head_channel": 8, "state": 3, "rotated_from": 8, "group": 2},
+            {"head": 8, "head_channel": 8, "state": 5},
+        ],
+    ),
     "gated-mamba": PrunedMambaConfig(  # the first block has no scan
         **SHARED, use_bias=True, state_size=5, block_sizes=blocks((24, 0, 0), (24, 5, 2), names=CHANNELS)
     ),

@@ -33,7 +33,12 @@ def closed_forms(config):
     d, N = config.hidden_size, config.state_size
     if config.model_type == "mamba2":
         P, H, G = config.head_dim, config.num_heads, config.n_groups
-        return {"head": 3 * P * d + d + 6 * P + 3, "head_channel": H * (3 * d + 6), "state": G * 2 * (d + 5)}
+        return {
+            "head": 3 * P * d + d + 6 * P + 3,
+            "head_channel": H * (3 * d + 6),
+            "state": G * 2 * (d + 5),
+            "group": 2 * N * (d + 5),
+        }
     D, R = config.intermediate_size, int(config.time_step_rank)
     return {"channel": 3 * d + 2 * R + 3 * N + 7, "state": 3 * D, "dt_rank": 2 * D}
 
@@ -146,6 +151,7 @@ def test_a_resized_config_has_the_sizes_asked_for(name):
     if "head" in wanted:
         wanted["head_channel"] = arch.sizes[0]["head_channel"]
         wanted["head"] = max(wanted["head"], arch.config.n_groups)
+        wanted["group"] = arch.sizes[0]["group"]
     smaller = arch_for(arch.resized([wanted]))
     assert smaller.stock and smaller.sizes == (wanted,) and arch_for(CONFIGS[name]).sizes == arch.sizes
 

@@ -11,6 +11,7 @@ from ssmcompress.arch.pruned import CODE
 from ssmcompress.arch.registry import FAMILIES, arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Keep
+from ssmcompress.errors import UnsupportedError
 from tests.unit.arch import models
 from tests.unit.arch.models import CONFIGS, PRUNED
 
@@ -82,19 +83,70 @@ def test_heads_fill_the_groups():
         modeling.PrunedMamba2Config(**said)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"group": 3}, "gives group as 3; expected a divisor of 4 groups"),
+        ({"group": 8}, "gives group as 8; expected a divisor of 4 groups"),
+        ({"group": 0}, "gives group as 0; expected a whole number of at least 1"),
+        ({"group": None}, "gives group as None"),
+        ({"group": 2, "state": 0}, "gives group as 2, but no states; expected none without a scan"),
+    ],
+)
+def test_groups_are_merged_in_runs(sizes, message):
+    said = PRUNED["merged-mamba2-rotated"].to_dict()
+    said["block_sizes"][1] |= sizes
+    with pytest.raises(ValueError, match=rf"block_sizes\[1\] {message}"):
+        modeling.PrunedMamba2Config(**said)
+
+
+def test_merged_groups_are_said_by_no_stock_config():
+    arch = arch_for(CONFIGS["mamba2-grouped"])
+    one = [sizes | {"group": 1} for sizes in arch.sizes]
+    with pytest.raises(UnsupportedError, match="one number of groups, for B, C and the norm: not 1 of 2"):
+        arch.resized(one, stock=True)
+    merged = arch_for(arch.resized(one))
+    assert not merged.stock and list(merged.sizes) == one and merged.config.n_groups == 2
+    assert [sizes["group"] for sizes in merged.config.block_sizes] == [1, 1]
+    again = arch_for(merged.resized([sizes | {"group": 2} for sizes in merged.sizes]))
+    assert again.stock and again.sizes == arch.sizes
+    bare = arch_for(arch.resized([one[0], one[1] | {"state": 0}]))
+    assert [sizes["group"] for sizes in bare.sizes] == [1, 0]
+
+
+def test_no_fused_kernel_trains_merged_groups(monkeypatch):
+    """It would norm as many groups as there are of B and C; of stock blocks it is asked."""
+
+    def fused(*_, **__):
+        raise RuntimeError("the fused kernel")
+
+    monkeypatch.setattr(modeling.mamba2, "mamba2_split_conv1d_scan_combined", fused)
+    ids = models.tokens(2, 9)
+    with pytest.raises(RuntimeError, match="the fused kernel"):
+        models.stock(models.ours("pruned-mamba2-grouped")).train()(ids, use_cache=False)
+    model = models.ours("merged-mamba2")
+    with torch.no_grad():
+        found = models.stock(model).train()(ids, use_cache=False).logits
+        assert torch.allclose(found, model(ids, use_cache=False).logits, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", PRUNED)
 def test_every_block_has_the_sizes_of_its_own(name):
     arch = arch_for(PRUNED[name])
-    told = zip(arch.sizes, arch.rotated, strict=True)
-    blocks = [sizes | ({"rotated_from": before} if before else {}) for sizes, before in told]
-    assert not arch.stock and blocks == PRUNED[name].block_sizes
-    assert [tuple(sizes) for sizes in arch.sizes] == [PRUNED[name].axes] * 2
+    assert not arch.stock
+    for sizes, before, said in zip(arch.sizes, arch.rotated, PRUNED[name].block_sizes, strict=True):
+        groups = said.get("group", getattr(PRUNED[name], "n_groups", 1)) if sizes["state"] else 0
+        more = {"group": groups} if "head" in said else {}
+        assert sizes == {axis: said[axis] for axis in PRUNED[name].axes} | more and before == said.get("rotated_from")
     blocks = arch.blocks(arch.build())
     for layer, sizes in enumerate(arch.sizes):
         mixer, axes = blocks[layer].mixer, arch.axes(layer)
         assert {axis: axes[axis].size for axis in axes} == sizes
         inner = sizes.get("channel") or sizes["head"] * sizes["head_channel"]
         assert mixer.intermediate_size == mixer.out_proj.in_features == inner
+        if "group" in sizes:
+            assert getattr(mixer, "n_groups", 0) == sizes["group"]
+            assert mixer.norm.group_size == inner // PRUNED[name].n_groups
         assert getattr(mixer, "ssm_state_size", 0) == (arch.rotated[layer] or sizes["state"])
         assert {f"mixer.{key}" for key in mixer.state_dict()}.isdisjoint(arch.scan_only) == (not sizes["state"])
         wanted = PRUNED[name].out_proj_bias or PRUNED[name].use_bias

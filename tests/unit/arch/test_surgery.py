@@ -28,12 +28,12 @@ def chosen(arch, axis, seed=0):
     if axis == WIDTH:
         ranks = torch.rand(arch.width, generator=torch.Generator().manual_seed(seed)).argsort().argsort()
         return [Keep(WIDTH, None, ranks < arch.width - 8)]
-    parts = arch.config.n_groups if axis == "head" else 1
     generator = torch.Generator().manual_seed(seed)
     keeps = []
     for layer in range(arch.layers):
         if not (size := arch.sizes[layer][axis]):
             continue
+        parts = {"head": getattr(arch.config, "n_groups", 1), "group": max(1, size // 2)}.get(axis, 1)
         ranks = torch.rand(parts, size // parts, generator=generator).argsort(1).argsort(1)
         keeps.append(Keep(axis, layer, (ranks < -(-size // parts // 2)).flatten()))
     return keeps
@@ -53,7 +53,7 @@ def rotations(arch, fewer=3, seed=0):
     """Random bases for the states of every layer, of which those of B and C are each other's inverse."""
     generator, made = torch.Generator().manual_seed(seed), []
     for layer in range(arch.layers):
-        B, C = torch.randn(2, arch.config.n_groups, fewer, arch.sizes[layer]["state"], generator=generator) / 2
+        B, C = torch.randn(2, arch.sizes[layer]["group"], fewer, arch.sizes[layer]["state"], generator=generator) / 2
         C = torch.linalg.solve(C @ B.mT, C)
         made += [Add(arch.prefix(layer) + f"mixer.rotation.{name}", values) for name, values in (("B", B), ("C", C))]
     return made
@@ -69,6 +69,105 @@ def test_rotated_equals_projected(name):
     arch = arch_for(ALL[name])
     equal(name, rotations(arch))
     equal(name, [*chosen(arch, "head"), *rotations(arch)])
+
+
+@pytest.mark.parametrize("name", ["mamba2-limited", "merged-mamba2"])
+def test_what_is_cut_beside_groups_equals_masked(name):
+    """Heads, states and channels, in this order and that; and the states of the groups that stay rotated."""
+    arch = arch_for(ALL[name])
+    groups = chosen(arch, "group")
+    others = [edit for axis in ("head_channel", "state", "head") for edit in chosen(arch, axis, seed=3)]
+    equal(name, [*groups, *others])
+    equal(name, [*others, *groups])
+    equal(name, [*groups, *rotations(arch, fewer=2)])
+
+
+@torch.no_grad()
+def test_every_head_reads_the_group_of_its_run():
+    """Against rows copied by hand: of eight groups the second of each pair stays."""
+    model, twin, ids = models.ours("mamba2-limited"), models.ours("mamba2-limited"), models.tokens(2, 21)
+    keep = torch.tensor([False, True] * 4)
+    small = Surgery(arch_for(model.config), [Keep("group", layer, keep) for layer in range(2)]).operate(model)
+    for block in twin.backbone.layers:
+        mixer = block.mixer
+        for start in (64, 64 + 8 * 4):  # of B and of C among x, B and C
+            for group, n in itertools.product(range(0, 8, 2), range(4)):
+                gone, stays = start + 4 * group + n, start + 4 * (group + 1) + n
+                for tensor, before in (
+                    (mixer.in_proj.weight, 64),
+                    (mixer.in_proj.bias, 64),
+                    (mixer.conv1d.weight, 0),
+                    (mixer.conv1d.bias, 0),
+                ):
+                    tensor[before + gone] = tensor[before + stays]
+    close(small(ids).logits, twin(ids).logits)
+    assert small.config.n_groups == 8 and [sizes["group"] for sizes in small.config.block_sizes] == [4, 4]
+
+
+def test_a_merged_group_learns_from_all_that_read_it():
+    """The gradient of a row that stays is the sum of those of the rows of its run in the masked model."""
+    model = models.ours("mamba2-limited")
+    arch, ids = arch_for(model.config), models.tokens(2, 15)
+    keeps = chosen(arch, "group")
+    surgery = Surgery(arch, keeps)
+    small, twin = surgery.operate(model), masked("mamba2-limited", keeps)
+    for each in (small, twin):
+        each.train()(ids, labels=ids).loss.backward()
+    axis, names = arch.axes()["group"], surgery.names(dict(model.named_parameters()))
+    for new, parameter in small.named_parameters():
+        whole, tensor = twin.get_parameter(names[new]).grad, new.split(".", 3)[-1]
+        for part in axis.slices if "layers" in new else ():
+            if part.tensor == tensor:
+                keep = keeps[int(new.split(".")[2])].keep
+                for start in range(0, axis.size, 2):
+                    owned = [whole[part.indices(unit)] for unit in (start, start + 1)]
+                    stays = start + int(keep[start + 1])
+                    whole[part.indices(stays)] = owned[0] + owned[1]
+        close(parameter.grad, surgery.cut(names[new], whole))
+
+
+@pytest.mark.parametrize("name", ["mamba2-limited", "merged-mamba2"])
+def test_groups_merge_step_by_step(name):
+    """Half and half again, with heads' states cut between and a mask after, is what the lifted edits do at once."""
+    model = models.ours(name)
+    arch, shapes = arch_for(model.config), {key: tensor.shape for key, tensor in model.named_parameters()}
+    small, found = model, []
+    for axis, seed in (("group", 0), ("state", 1), ("group", 2)):
+        surgery, now = Surgery(arch, found), arch_for(small.config)
+        keeps = chosen(now, axis, seed)
+        small = Surgery(now, keeps).operate(small)
+        found = edits.compose(found, [surgery.lift(edit, shapes) for edit in keeps])
+    whole = Surgery(arch, found)
+    marks = [Mask(key, torch.rand(p.shape) < 0.5) for key, p in small.named_parameters() if "mixer.in_proj" in key]
+    edits.apply(marks, dict(small.named_parameters()))
+    found = edits.compose(found, [whole.lift(edit, shapes) for edit in marks])
+    edits.apply(found, dict(model.named_parameters()))
+    again = Surgery(arch, found).operate(model)
+    assert again.config.block_sizes == small.config.block_sizes
+    assert [sizes.get("group") for sizes in small.config.block_sizes] == (
+        [2, 2] if name == "mamba2-limited" else [1, 1]
+    )
+    for (key, one), (other, two) in itertools.zip_longest(again.named_parameters(), small.named_parameters()):
+        assert key == other and torch.equal(one, two), key
+
+
+@pytest.mark.parametrize(
+    ("axis", "kept"),
+    [("group", [0, 1]), ("group", [0, 1, 2]), ("group", [0, 2, 4, 5]), ("head", [*range(7)])],
+)
+def test_units_that_stay_unevenly_are_refused(axis, kept):
+    keep = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(kept), True)
+    with pytest.raises(InputError, match=rf"layers\.1\.{axis} unevenly") as refused:
+        Surgery(arch_for(ALL["mamba2-limited"]), [Keep(axis, 1, keep)])
+    assert refused.value.exit_code == 2
+
+
+def test_groups_go_with_their_scan():
+    arch = arch_for(ALL["mamba2-grouped"])
+    left = Surgery(arch, [*chosen(arch, "group"), *chosen(arch, SSM)]).arch
+    assert [sizes["group"] for sizes in left.sizes] == [1, 0]
+    assert [sizes.get("group") for sizes in left.config.block_sizes] == [1, None]
+    equal("mamba2-grouped", [*chosen(arch, "group"), *chosen(arch, SSM)])
 
 
 def equal(name, edits):
@@ -123,9 +222,10 @@ def scan_parameters(arch):
     """What only the scan of the second block needs: x_proj, dt_proj, A; or of B, C, dt rows, bases, dt_bias, A."""
     config, sizes, before = arch.config, arch.sizes[1], arch.rotated[1]
     if "head" in sizes:
-        shared, heads = 2 * config.n_groups * (before or sizes["state"]), sizes["head"]
+        groups, heads = sizes["group"], sizes["head"]
+        shared = 2 * groups * (before or sizes["state"])
         rows = (shared + heads) * (config.hidden_size + config.use_bias)
-        bases = 2 * config.n_groups * sizes["state"] * (before or 0)
+        bases = 2 * groups * sizes["state"] * (before or 0)
         return rows + shared * (config.conv_kernel + config.use_conv_bias) + bases + 2 * heads
     width, size, rank = sizes["channel"], sizes["state"], sizes["dt_rank"]
     return width * (rank + 2 * size) + width * (rank + 1) + width * size

@@ -30,6 +30,7 @@ def found(name, **step):
         ("mamba", {"axis": "state", "keep": 2}, 10, 2),
         ("gated-mamba", {"axis": "channel", "keep": 0.5}, 48, 24),
         ("mamba", {"axis": "state", "keep": 1}, 10, 10),
+        ("mamba2-limited", {"axis": "group", "keep": 5, "method": "taylor"}, 16, 5),
     ],
 )
 def test_units_of_all_layers_are_counted_together(name, step, before, after):
@@ -75,6 +76,12 @@ def test_a_budget_of_the_model_holds_whatever_the_scores_say(name, axis, kind):
         ("mamba", {"axis": "state", "keep": 11}, "there are 10", "10 (--keep 1)"),
         ("mamba", {"axis": "channel", "keep": 100}, "read channels by 8", "96 (--keep 0.75)"),
         ("mamba2", {"axis": "state", "keep": 0.95}, "power of two", "24 (--keep 0.75)"),
+        (
+            "mamba2-limited",
+            {"axis": "group", "keep": 7, "method": "taylor"},
+            "as many are merged into",
+            "6 (--keep 0.375)",
+        ),
         ("mamba", {"axis": "state", "target": "params=10%"}, "out of reach of the axis state", "The least is params="),
         ("mamba", {"axis": "channel", "keep": 0.5, "stock_only": True}, "no config of transformers", "--stock-only"),
         ("falcon_mamba", {"axis": "channel", "keep": 0.5}, "none of its own for falcon_mamba", "Leave out --scope"),
@@ -84,6 +91,17 @@ def test_what_cannot_be_over_the_model_is_refused(name, step, message, hint):
     with pytest.raises(UnsupportedError) as refused:
         found(name, scope="model", **step)
     assert message in refused.value.message and hint in refused.value.hint
+
+
+def test_one_group_is_not_merged_and_rotated_ones_have_no_mean():
+    for name, step, message, hint in (
+        ("mamba2", {}, "All heads read one group of B and C", "the axis state"),
+        ("merged-mamba2-rotated", {}, "each group has a basis of its own", "Merge the groups first"),
+    ):
+        with pytest.raises(UnsupportedError, match=message) as refused:
+            found(name, axis="group", keep=0.5, **step)
+        assert hint in refused.value.hint and refused.value.exit_code == 3
+    assert found("merged-mamba2-rotated", axis="group", keep=0.5, method="magnitude").layers == (1, 2)
 
 
 def test_layers_that_differ_keep_the_same_share_each():

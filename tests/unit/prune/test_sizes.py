@@ -42,16 +42,23 @@ def found(name, **step):
         ("mamba", {"axis": "width", "keep": 30, "any_size": True}, 30),
         ("gated-mamba", {"axis": "ssm", "keep": 1}, 1),
         ("gated-mamba", {"axis": "state", "keep": 3}, 3),
+        ("mamba2-grouped", {"axis": "group", "keep": 0.5}, 1),
+        ("mamba2-limited", {"axis": "group", "keep": 4}, 4),
+        ("mamba2-limited", {"axis": "group", "keep": 0.125}, 1),
+        ("merged-mamba2-rotated", {"axis": "group", "keep": 0.5, "method": "taylor"}, 2),
+        ("mamba2-limited", {"axis": "group", "target": "state=85%"}, 4),
     ],
 )
 def test_a_share_or_a_number(name, step, after):
-    assert found(name, **step).after == after and not (step["keep"] in (0.5, 12) and found(name, **step).note)
+    assert found(name, **step).after == after and not (step.get("keep") in (0.5, 12) and found(name, **step).note)
 
 
 def test_a_share_between_sizes_goes_to_the_nearest_and_says_why():
     near = found("mamba", axis="channel", keep=0.7)
     assert near.after == 48 and near.note == "48 of 64 channels stay, not 44.8: the kernels read channels by 8."
     assert found("mamba", axis="channel", keep=0.7, any_size=True).after == 45
+    near = found("mamba2-limited", axis="group", keep=0.6)
+    assert near.note == "4 of 8 groups stay, not 4.8: as many are merged into each that stays."
     assert "units are whole" in found("mamba-biased", axis="dt_rank", keep=0.5).note
 
 
@@ -68,7 +75,7 @@ def test_a_share_between_sizes_goes_to_the_nearest_and_says_why():
             "mamba2",
             {"axis": "channel", "keep": 0.5},
             "no axis 'channel'",
-            "head, head_channel, state, width, ssm, layer",
+            "head, head_channel, state, group, width, ssm, layer",
         ),
         ("mamba", {"axis": "state", "keep": 0}, "0 of 5 states cannot stay: at least one must", "1 (--keep 0.2)"),
         ("mamba", {"axis": "state", "keep": 6}, "6 of 5 states cannot stay: there are 5", "5 (--keep 1)"),
@@ -93,6 +100,27 @@ def test_a_share_between_sizes_goes_to_the_nearest_and_says_why():
             "16 (--keep 0.5) or 32 (--keep 1).",
         ),
         ("mamba", {"axis": "layer", "keep": 1.5}, "units are whole", "1 (--keep 0.5) or 2 (--keep 1)."),
+        ("mamba", {"axis": "group", "keep": 0.5}, "mamba has no axis 'group'", "channel, state, dt_rank"),
+        (
+            "mamba2-limited",
+            {"axis": "group", "keep": 3},
+            "3 of 8 groups cannot stay: as many are merged into each",
+            "2 (--",
+        ),
+        (
+            "mamba2-limited",
+            {"axis": "group", "keep": 6},
+            "as many are merged into each",
+            "4 (--keep 0.5) or 8 (--keep 1).",
+        ),
+        ("mamba2-limited", {"axis": "group", "keep": 0}, "at least one must", "1 (--keep 0.125)."),
+        ("mamba2-limited", {"axis": "group", "keep": 9}, "there are 8", "8 (--keep 1)."),
+        (
+            "mamba2-limited",
+            {"axis": "group", "keep": 0.5, "stock_only": True},
+            "a stock config has as many groups of B and C as of the norm",
+            "8 (--keep 1).",
+        ),
         ("mamba", {"axis": "state", "target": "params=10%"}, "out of reach of the axis state", "The least is params="),
     ],
 )
@@ -105,14 +133,21 @@ def test_what_cannot_be_is_refused_with_the_nearest(name, step, message, hint):
 def test_what_no_block_has_cannot_be_cut():
     arch = arch_for(ALL["gated-mamba2"])
     bare = arch_for(arch.resized([sizes | {"state": 0} for sizes in arch.sizes]))
-    for axis in ("state", "ssm"):
+    for axis in ("state", "group", "ssm"):
         with pytest.raises(UnsupportedError, match=f"No block has a scan, .*no {axis}s"):
             size(bare, Cut(axis=axis, keep=0.5), weights("gated-mamba2"))
 
 
 @pytest.mark.parametrize(
     ("name", "axis"),
-    [("mamba", "channel"), ("mamba", "state"), ("mamba2", "state"), ("mamba2", "ssm"), ("mamba", "width")],
+    [
+        ("mamba", "channel"),
+        ("mamba", "state"),
+        ("mamba2", "state"),
+        ("mamba2", "ssm"),
+        ("mamba", "width"),
+        ("mamba2-limited", "group"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["params", "state", "memory"])
 def test_a_budget_takes_the_largest_size_within(name, axis, kind):
@@ -143,7 +178,7 @@ def test_figures_count_every_entry_and_its_bytes():
 def test_the_best_of_every_group_stay_and_of_equals_the_first():
     score = torch.tensor([1.0, 3.0, 2.0, 5.0, 0.0, 0.0])
     assert best(score, 3).tolist() == [False, True, True, True, False, False]
-    assert best(score, 4, groups=2).tolist() == [False, True, True, True, True, False]
+    assert best(score, 4, runs=2).tolist() == [False, True, True, True, True, False]
     assert best(torch.zeros(4), 2).tolist() == [True, True, False, False]
 
 
@@ -157,4 +192,8 @@ def test_each_layer_may_keep_its_own_number():
     arch = arch_for(ALL["pruned-mamba2-grouped"])
     kept = [edit.keep.tolist() for edit in outline(arch, Cut(axis="head", keep=1), [2, 2])]
     assert kept == [[True, False, True, False], [True, True]]
+    arch = arch_for(ALL["merged-mamba2"])
+    kept = [edit.keep.tolist() for edit in outline(arch, Cut(axis="group", keep=1), [2, 1])]
+    assert kept == [[True, False, True, False], [True]]
+    arch = arch_for(ALL["pruned-mamba2-grouped"])
     assert [int(edit.keep.sum()) for edit in outline(arch, Cut(axis="state", keep=1), [5, 3])] == [5, 3]
