@@ -13,9 +13,9 @@ from transformers.cache_utils import Cache
 
 from ssmcompress import kernels
 from ssmcompress.arch.axis import Axis, Slice
+from ssmcompress.arch.padding import begun
 from ssmcompress.arch.scan import Scan
 from ssmcompress.errors import UnsupportedError
-from ssmcompress.kernels.reference import PAD
 from ssmcompress.policy import KEY, TokenPolicy
 from ssmcompress.steps import SSM, WIDTH
 
@@ -315,7 +315,7 @@ class Mixer(nn.Module):
         """The short convolution and its activation: x [B, L, C] → [B, L, C]; the cache keeps the last inputs."""
         silu = self.activation in ("silu", "swish")
         if left is None and self.initial_inputs is not None:
-            x, left = _begun(x, self.initial_inputs.to(x.dtype), mask)
+            x, left = begun(x, self.initial_inputs.to(x.dtype), mask)
         y = self.backend.conv(x, self.conv1d.weight[:, 0], self.conv1d.bias, left, silu)
         if cache is not None:  # only now: left is a view of what the cache holds
             self._remember(cache, x, left, mask)
@@ -337,40 +337,9 @@ class Mixer(nn.Module):
         cache.update_conv_state(x[:, -kernel:].transpose(1, 2), self.layer_idx, conv_kernel_size=kernel)
 
 
-def _begun(x: Tensor, inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x [B, L, C] and what came before it [B, C, K-1], with inputs [C, K-1] before the first real token of each row."""
-    batch, _, channels = x.shape
-    left = inputs.expand(batch, *inputs.shape)
-    if mask is None:
-        return x, left
-    first = mask.int().argmax(1)
-    places = first[:, None] + torch.arange(inputs.shape[1], device=x.device)
-    whole = torch.cat([x.new_zeros(batch, inputs.shape[1], channels), x], dim=1)
-    whole = whole.scatter(1, places[..., None].expand(-1, -1, channels), left.transpose(1, 2))
-    return whole[:, inputs.shape[1] :], whole[:, : inputs.shape[1]].transpose(1, 2)
-
-
-def real_positions(mask: Tensor | None, length: int) -> Tensor | None:
-    """The padding mask [B, L] of the tokens at hand as booleans, or None where nothing is padding."""
-    if mask is None or mask.dim() != 2:
-        return None
-    mask = mask[:, -length:].bool()
-    return None if bool(mask.all()) else mask
-
-
-def silence(tensor: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
-    """Tensor [B, L, …] with its padded positions set to value."""
-    return tensor if mask is None else tensor.masked_fill(~mask[..., None], value)
-
-
 def decay(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in float32 at least."""
     return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
-
-
-def hold(dt: Tensor, mask: Tensor | None) -> Tensor:
-    """The dt [B, L, …] that makes padded positions pass the state through untouched."""
-    return silence(dt, mask, PAD)
 
 
 def adopt(blocks: nn.ModuleList, *kinds: type[Mixer]) -> None:

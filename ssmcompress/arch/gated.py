@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ssmcompress.arch import modeling_ssmcompress as modeling
-from ssmcompress.arch.base import Mixer, real_positions, silence
+from ssmcompress.arch.base import Mixer
+from ssmcompress.arch.padding import real_positions, silence
 
 
 class _GatedMixer(Mixer):

@@ -13,8 +13,9 @@ from transformers.models.mamba import modeling_mamba as stock
 
 from ssmcompress.arch.axis import Axis, Slice
 from ssmcompress.arch.backbone import Backbone
-from ssmcompress.arch.base import Arch, Mixer, adopt, decay, hold, real_positions, silence
+from ssmcompress.arch.base import Arch, Mixer, adopt, decay
 from ssmcompress.arch.modeling_ssmcompress import PrunedMambaConfig
+from ssmcompress.arch.padding import hold, real_positions, silence
 from ssmcompress.arch.scan import Scan, stride
 
 

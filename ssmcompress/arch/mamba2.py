@@ -12,8 +12,9 @@ from transformers.models.mamba2 import modeling_mamba2 as stock
 
 from ssmcompress.arch.axis import Axis, Slice
 from ssmcompress.arch.backbone import Backbone
-from ssmcompress.arch.base import ROTATION, Arch, Mixer, adopt, decay, hold, real_positions, silence
+from ssmcompress.arch.base import ROTATION, Arch, Mixer, adopt, decay
 from ssmcompress.arch.modeling_ssmcompress import PrunedMamba2Config
+from ssmcompress.arch.padding import hold, real_positions, silence
 from ssmcompress.arch.scan import Scan, stride
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.steps import GROUP
