@@ -35,6 +35,7 @@ from ssmcompress.tokens.selection import install
 HERE = Path(__file__).parent
 KEPT = HERE / "results"
 LEVELS = (0.1, 0.2, 0.3)
+CONTROL = "drop-earliest"
 DENSE, LENGTH, CONTEXT, ITEMS, RESAMPLES = "dense", 512, 256, 500, 2000
 VALIDATION = 1  # the seed of key-value items that nothing is reported on
 COLUMNS = (
@@ -44,6 +45,8 @@ COLUMNS = (
     "8 pairs apart",
     "pages, against dense",
     "LAMBADA, nats",
+    "pages, against drop-earliest",
+    "LAMBADA, against drop-earliest",
     "LAMBADA right",
     "2 pairs",
     "4 pairs",
@@ -148,23 +151,30 @@ def lambada() -> list[tuple[str, str]]:
 def table(model: str, found: dict[str, Any]) -> str:
     """Markdown: dense first, then each level."""
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
-    rows += [row(name, found[name], found[DENSE]) for name, _, _ in cases() if name in found]
+    rows += [row(name, found) for name, _, _ in cases() if name in found]
     return f"### ref:{model}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
 
 
-def row(name: str, each: dict[str, Any], dense: dict[str, Any]) -> tuple[str, ...]:
-    """Cells of one case; changes are paired with dense, with 95 % intervals."""
+def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of one case; changes are paired, with 95 % intervals: to dense, and to the control of the same level."""
     level, _, rule = name.partition(" ")
+    each, dense = found[name], found[DENSE]
     two, four, eight, copied = ((accuracy, error) for accuracy, error, _ in each["recall"])
     memory = tuple(_percent(*figure) for figure in (each["apart"], two, four, eight, *each["distance"], copied))
     right = f"{each['lambada_right'] / len(each['lambada']):.1%}"
     if name == DENSE:
         bits, nats = (f"{each['pages']:.4f}", f"{np.mean(each['lambada']):.3f}")
-        return ("", DENSE, f"{each['novel']:.4f}", memory[0], bits, nats, right, *memory[1:])
-    old, new = ([DocumentScore(**score) for score in side["documents"]] for side in (dense, each))
-    told = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*paired_difference(old, new))
-    nats = _paired(dense["lambada"], each["lambada"])
-    return (level, rule, f"{each['novel']:.4f}", memory[0], told, nats, right, *memory[1:])
+        return ("", DENSE, f"{each['novel']:.4f}", memory[0], bits, nats, "", "", right, *memory[1:])
+    control = found.get(f"{level} {CONTROL}")
+    apart = ("", "") if control is None or rule == CONTROL else _change(control, each)
+    return (level, rule, f"{each['novel']:.4f}", memory[0], *_change(dense, each), *apart, right, *memory[1:])
+
+
+def _change(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str]:
+    """Of bits per byte of the pages, and of the log-likelihood of LAMBADA."""
+    pages = ([DocumentScore(**score) for score in side["documents"]] for side in (old, new))
+    told = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*paired_difference(*pages))
+    return told, _paired(old["lambada"], new["lambada"])
 
 
 def _percent(accuracy: float, error: float) -> str:

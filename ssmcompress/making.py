@@ -47,6 +47,12 @@ def edit(
         made: list[Edit]
         with dense(edited.model):  # scores are those of whole text
             if isinstance(step, ReduceTokens):
+                if edited.arch.policy is not None:
+                    tell(
+                        Note(
+                            "Tokens leave by a policy already, by which before is measured: it is replaced.", "warning"
+                        )
+                    )
                 made = [Reduce(resolved(step, edited.arch, special_ids(edited), recipe.seed))]
             elif isinstance(step, Cut):
                 left = weigh(stored).after(surgery)

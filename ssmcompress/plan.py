@@ -28,7 +28,7 @@ from ssmcompress.prune.targets import Target, formless, targets
 from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import read, shipped
 from ssmcompress.steps import SSM, Cut, ReduceTokens, Step
-from ssmcompress.tokens.schedule import resolved, saved
+from ssmcompress.tokens.schedule import LONG, lengths, resolved, saved
 
 
 @dataclass(frozen=True)
@@ -292,12 +292,14 @@ def tokens_record(arch: Arch) -> TokenRecord | None:
     policy = arch.policy
     if policy is None:
         return None
-    return TokenRecord(policy=policy, flops_reduction=saved(arch.layers, policy.layers, policy.keep))
+    read = tuple(lengths(LONG, arch.layers, policy))
+    return TokenRecord(policy=policy, flops_reduction=saved(arch.layers, policy.layers, policy.keep), per_layer=read)
 
 
 def tell_tokens(tokens: TokenRecord | None, emit: Emit) -> None:
     """After which blocks tokens leave, and who lets them."""
     if tokens is not None:
+        emit(Note(tokens.table))
         emit(Note(f"{tokens.told} {IGNORED}", "warning"))
 
 

@@ -23,6 +23,7 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 Importance = Literal["clip", "l1", "l2", "mean"]
 Merge = Literal["mean", "sequential"]
 Decay = Literal["drop", "carry"]
+LEAST = 0.01  # the share of tokens that stays at least: else hardly any prompt would keep one
 HALVING = ("utrc", "tome", "utrc-released")  # rules that take tokens from one half only
 RANKING = ("utrc", "evit")  # rules with an importance
 MATCHING = ("utrc", "tome")  # rules that find each token its most similar one
@@ -42,14 +43,14 @@ class TokenPolicy(BaseModel):
     version: Literal[1] = 1
     method: Rule = "utrc"
     layers: tuple[Annotated[int, Field(ge=0)], ...]
-    keep: Annotated[float, Field(gt=0, le=1)]
+    keep: Annotated[float, Field(ge=LEAST, le=1)]
     pruned: Annotated[float, Field(ge=0, le=1)] = 0.5
     importance: Importance = "clip"
     merge: Merge = "mean"
     match_window: Annotated[int, Field(ge=1)] | None = None
     decay: Decay = "drop"
-    special: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    seed: int = 0
+    special: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = ()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")
     def _possible(self) -> "TokenPolicy":
@@ -75,7 +76,21 @@ class TokenPolicy(BaseModel):
             raise ValueError(f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}") from None
 
     def within(self, kept: Collection[int]) -> "TokenPolicy":
-        """The policy where only these blocks are left, in their order: after the last one before each that went."""
+        """The policy where only these blocks are left, in their order: after the last one before each that went.
+
+        Where none is left before, or none behind, no token leaves.
+        """
         order = sorted(kept)
         places = (sum(layer <= anchor for layer in order) - 1 for anchor in self.layers)
-        return self.model_copy(update={"layers": tuple(sorted({place for place in places if place >= 0}))})
+        left = {place for place in places if 0 <= place < len(order) - 1}
+        return self.model_copy(update={"layers": tuple(sorted(left))})
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What its rule looks at, beside blocks and share."""
+        unused = {"version", "method", "layers", "keep", "special"}
+        unused |= set() if self.method == "utrc" else {"pruned"}
+        unused |= set() if self.method in RANKING else {"importance"}
+        unused |= set() if self.method in MATCHING else {"merge", "match_window"}
+        unused |= set() if self.method == "random" else {"seed"}
+        return self.model_dump(exclude=unused)

@@ -20,7 +20,7 @@ from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import Checkpoint
 from ssmcompress.checkpoint.verify import Verification
 from ssmcompress.edits import Edit, Forget, Mask, Reduce, Replace, reshaping
-from ssmcompress.measure.glance import ON, Glance
+from ssmcompress.measure.glance import CONTEXT, ON, Glance
 from ssmcompress.measure.perplexity import paired_difference
 from ssmcompress.prune.sizes import Weights, figures, weigh
 from ssmcompress.recipe import Recipe
@@ -77,7 +77,7 @@ def write(
         manifest=made,
         recipe=recipe.to_yaml(),
         measures=measures,
-        measured_on=ON,
+        measured_on=ON if tokens is None else f"{ON}, of which the first {CONTEXT} are read and the others scored",
         license=card.license_of(checkpoint.source),
     )
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from ssmcompress.policy import HALVING, MATCHING, RANKING, Decay, Importance, Merge, Rule
+from ssmcompress.policy import HALVING, LEAST, MATCHING, RANKING, Decay, Importance, Merge, Rule
 from ssmcompress.schema import Strict
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -218,7 +218,7 @@ class ReduceTokens(Strict):
     method: Rule = "utrc"
     flops: Annotated[float, Field(gt=0, lt=1)] | None = None
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    keep: Annotated[float, Field(ge=LEAST, le=1)] | None = None
     pruned: Annotated[float, Field(ge=0, le=1)] | None = None
     importance: Importance | None = None
     merge: Merge | None = None

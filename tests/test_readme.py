@@ -3,6 +3,7 @@
 A command that needs a network or a GPU ends with `# not run: reason`.
 """
 
+import json
 import os
 import re
 import shlex
@@ -71,6 +72,8 @@ def test_the_readme_runs(readme, tmp_path):
     todo = [step for step in steps(readme) if runnable(step)]
     assert {step.language for step in todo} == {"shell", "python"}
     adapters.made(load("ref:mamba", dtype=torch.float32).model, tmp_path / "lora", "in_proj")  # as a reader has one
+    rows = ({"prompt": f"The house {i} is", "completion": f" {('red', 'blue')[i % 2]}."} for i in range(60))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     for step in todo:
         ran = subprocess.run(command(step), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)

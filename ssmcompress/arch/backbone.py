@@ -60,7 +60,8 @@ class Backbone(nn.Module):
     """A stock backbone whose prompts may lose tokens on the way; without `select` it is the stock one.
 
     With `select`, a prompt comes out as long as it went in: the positions of tokens that left hold NaN, so that nobody
-    takes them for a prediction, and padding holds zeros. Decoding is dense.
+    takes them for a prediction, and padding holds zeros. What stays may depend on tokens behind it, which had a say in
+    what left: only the last one, and those that `protect` names, are predictions. Decoding from a cache is dense.
     """
 
     select: Select | None = None
@@ -80,7 +81,9 @@ class Backbone(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """Ids [B, L] or embeddings [B, L, d] → hidden states [B, L, d]."""
-        if self.select is None or (cache_params is not None and cache_params.has_previous_state()):
+        read = cache_params is not None and cache_params.has_previous_state()
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if self.select is None or read or (given is not None and not given.shape[1]):
             return super().forward(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
@@ -119,7 +122,9 @@ class Backbone(nn.Module):
             hidden, positions, free = self._stage(stage, hidden, positions, free, cache, positions is start)
             kept.append(positions)
         self.kept = tuple(kept)
-        return _laid_back(self.norm_f(hidden), positions, start)
+        # who names the tokens that are wanted reads no others, and NaN would spoil the gradients of the head
+        nothing = 0.0 if self.protected is not None and torch.is_grad_enabled() else float("nan")
+        return _laid_back(self.norm_f(hidden), positions, start, nothing)
 
     def _stage(
         self, stage: range, hidden: Tensor, positions: Tensor, free: Tensor, cache: Cache | None, whole: bool
@@ -240,11 +245,11 @@ def _watch(mixer: Mixer, watched: bool) -> Iterator[dict[str, Any]]:
         mixer.taps = taps
 
 
-def _laid_back(hidden: Tensor, positions: Tensor, start: Tensor) -> Tensor:
-    """Hidden states of the tokens that are left [B, l, d] at their places in the prompts [B, L, d]."""
+def _laid_back(hidden: Tensor, positions: Tensor, start: Tensor, nothing: float) -> Tensor:
+    """Hidden states of the tokens that are left [B, l, d] at their places in the prompts [B, L, d], else nothing."""
     batch, length = start.shape
     if positions is start:
         return hidden
-    whole = hidden.new_full((batch, length + 1, hidden.shape[2]), float("nan"))
+    whole = hidden.new_full((batch, length + 1, hidden.shape[2]), nothing)
     places = positions.where(positions != GONE, length)[..., None].expand_as(hidden)
     return whole.scatter(1, places, hidden)[:, :length].masked_fill((start == GONE)[..., None], 0.0)

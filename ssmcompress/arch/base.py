@@ -16,7 +16,7 @@ from ssmcompress.arch.axis import Axis, Slice
 from ssmcompress.arch.padding import begun
 from ssmcompress.arch.scan import Scan
 from ssmcompress.errors import UnsupportedError
-from ssmcompress.policy import KEY, TokenPolicy
+from ssmcompress.policy import KEY, WATCHING, TokenPolicy
 from ssmcompress.steps import SSM, WIDTH
 
 Taps = Callable[[str, Any], None]
@@ -148,9 +148,34 @@ class Arch(ABC):
 
     @property
     def policy(self) -> TokenPolicy | None:
-        """Which tokens of a prompt leave; ValueError for a policy that cannot be read."""
+        """Which tokens of a prompt leave; ValueError for a policy that cannot be read, or not be followed here."""
         stored = getattr(self.config, KEY, None)
-        return None if stored is None else TokenPolicy.read(stored)
+        if stored is None:
+            return None
+        policy = TokenPolicy.read(stored)
+        try:
+            self.require_anchors(policy.layers, policy.method)
+        except UnsupportedError as error:
+            raise ValueError(error.message.removesuffix(".")) from None
+        return policy
+
+    def require_anchors(self, layers: Sequence[int], method: str) -> None:
+        """UnsupportedError where tokens cannot leave after these blocks, or leave too late to save anything."""
+        if not layers:
+            raise UnsupportedError("There is no block after which tokens could leave.", hint="Name --layers.")
+        for layer in layers:
+            if layer >= self.layers:
+                raise UnsupportedError(
+                    f"Tokens cannot leave after block {layer}: there are {self.layers}, counted from 0."
+                )
+            if layer == self.layers - 1:
+                raise UnsupportedError(
+                    f"Tokens that leave after block {layer}, the last, save nothing.", hint="Choose other --layers."
+                )
+            if method in WATCHING and not self.has_scan(layer):
+                raise UnsupportedError(
+                    f"{method} looks into the scan, and block {layer} has none.", hint="Choose other --layers."
+                )
 
     def additions(self, layer: int) -> dict[str, tuple[int | str | None, ...]]:
         """The tensors that edits may add to a block, with their shapes: an axis has its size, None any."""

@@ -40,6 +40,11 @@ class Surgery:
         self.width = int(kept[WIDTH].sum()) if WIDTH in kept else arch.width
         self.silent = {layer for layer in self.layers if arch.has_scan(layer) and not scans[layer]}
         self.policy = next((edit.policy for edit in reversed(edits) if isinstance(edit, Reduce)), arch.policy)
+        if self.policy is not None and max(self.policy.layers, default=0) >= arch.layers:
+            raise InputError(
+                f"Tokens are to leave after block {max(self.policy.layers)}; the model has {arch.layers}.",
+                hint="The edits were made for another model.",
+            )
         self._check_added()
 
     @cached_property
@@ -60,7 +65,10 @@ class Surgery:
         bias = any(name.endswith(BIAS) for name in self.added)
         policy = self.policy and self.policy.within(self.layers)
         narrow = self.source.narrowed(self.width)
-        return arch_for(narrow.resized(sizes, out_proj_bias=bias, rotated=rotated, policy=policy))
+        found = arch_for(narrow.resized(sizes, out_proj_bias=bias, rotated=rotated, policy=policy))
+        if policy is not None:
+            found.require_anchors(policy.layers, policy.method)
+        return found
 
     def names(self, tensors: Iterable[str]) -> dict[str, str]:
         """New name → name, of the tensors that stay, in their order, and of those that are new."""

@@ -149,12 +149,9 @@ def _shape(shape: ShapeRecord | None) -> str:
 def _tokens(tokens: TokenRecord | None) -> str:
     if tokens is None:
         return ""
-    details = (
-        f"{name.replace('_', ' ')} {value}"
-        for name, value in tokens.policy.model_dump(exclude={"version", "method", "layers", "keep", "special"}).items()
-    )
+    details = (f"{name.replace('_', ' ')} {value}" for name, value in tokens.policy.details.items())
     every = f"The policy: {', '.join(details)}. Tokens that are predicted, special ones and the last never leave."
-    return "\n\n".join(("## Tokens", f"{tokens.told} {IGNORED}", every))
+    return "\n\n".join(part for part in ("## Tokens", f"{tokens.told} {IGNORED}", every, tokens.table) if part)
 
 
 def _coverage(manifest: Manifest) -> str:

@@ -133,10 +133,23 @@ class ShapeRecord(Record):
 
 
 class TokenRecord(Record):
-    """How tokens of a prompt leave, and the share of the blocks' work on a long one that this saves."""
+    """How tokens of a prompt leave, and the share of the blocks' work on a long one that this saves.
+
+    `per_layer` is how many tokens each block reads of a prompt of as many as the first one does.
+    """
 
     policy: TokenPolicy
     flops_reduction: float
+    per_layer: tuple[int, ...] = ()
+
+    @property
+    def table(self) -> str:
+        """What every block reads of that prompt, and the share of work that is saved there."""
+        if not self.per_layer:
+            return ""
+        read, first = ", ".join(f"{tokens:,}" for tokens in self.per_layer), self.per_layer[0]
+        share = 1 - sum(self.per_layer) / (first * len(self.per_layer))
+        return f"Of a prompt of {first:,} tokens, none of them special, the blocks read {read}: {share:.2%} saved."
 
     @property
     def told(self) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ssmcompress.arch.backbone import protect
+from ssmcompress.errors import InputError
 
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context, and of what comes after it
 
@@ -19,6 +20,12 @@ def likelihoods(
 
     No token whose prediction is scored leaves. Contexts lose their beginning beyond `longest` tokens, as in lm-eval.
     """
+    for context, continuation in pairs:
+        if not context or not 0 < len(continuation) <= longest:
+            raise InputError(
+                f"A continuation of {len(continuation)} tokens after {len(context)} cannot be scored in {longest}.",
+                hint="It needs a token before it, and a window that holds it.",
+            )
     rows = [([*context, *after][-(longest + 1) :], len(after)) for context, after in pairs]
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), i))
     device = next(model.parameters()).device

@@ -62,6 +62,12 @@ def plain(query: str) -> str:
 
 
 def _corpus(metric: Any, written: list[str], streams: list[list[str | None]]) -> Figure:
-    found = metric.corpus_score(written, streams, n_bootstrap=RESAMPLES if len(written) > 1 else 1)
-    mean, half = (found._mean, found._ci) if len(written) > 1 else (found.score, 0.0)
-    return Figure(found.name, float(found.score), float(mean - half), float(mean + half))
+    """The score of a corpus, with a bootstrap interval over its prompts from sacrebleu's own sums of each."""
+    sums = np.array(metric._extract_corpus_statistics(written, streams), dtype=np.float64)
+    draws = np.random.Generator(np.random.PCG64(0)).integers(len(sums), size=(RESAMPLES, len(sums)))
+    found = metric.corpus_score(written, streams)
+    scores = [float(metric._compute_score_from_stats(sums[draw].sum(0).tolist()).score) for draw in draws]
+    low, high = np.percentile(scores, [2.5, 97.5])
+    return Figure(
+        found.name, float(found.score), min(float(low), float(found.score)), max(float(high), float(found.score))
+    )

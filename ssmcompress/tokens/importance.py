@@ -44,13 +44,13 @@ def energy(scan: Scan) -> Tensor:
     """
     delta = step_size(scan.dt[0].float(), scan.dt_bias, scan.limit)
     heads = scan.x.shape[2] // scan.B.shape[2]
-    B, C = (part[0].float().repeat_interleave(heads, 1) for part in (scan.B, scan.C))
-    states = B.shape[-1]
-    decayed = torch.zeros(B.shape[1], states, states, device=B.device)
-    found = torch.empty(len(delta), device=B.device)
+    states, device = scan.B.shape[-1], scan.B.device
+    decayed = torch.zeros(scan.x.shape[2], states, states, device=device)
+    found = torch.empty(len(delta), device=device)
     for t in reversed(range(len(delta))):
-        gramian = decayed + C[t, :, :, None] * C[t, :, None]
-        read = torch.einsum("hn,hnm,hm->h", B[t], gramian, B[t])
+        B, C = (part[0, t].float().repeat_interleave(heads, 0) for part in (scan.B, scan.C))
+        gramian = decayed + C[:, :, None] * C[:, None]
+        read = torch.einsum("hn,hnm,hm->h", B, gramian, B)
         found[t] = (read * delta[t].square() * scan.x[0, t].float().square().sum(-1)).sum()
         a = torch.exp(delta[t, :, None] * scan.A).expand(-1, states)
         decayed = a[:, :, None] * a[:, None] * gramian

@@ -88,7 +88,8 @@ def stride(row: Row, count: int, policy: TokenPolicy) -> Removal:
 
 def random(row: Row, count: int, policy: TokenPolicy) -> Removal:
     """Any, by the seed, the block and their number alone: a control."""
-    generator = torch.Generator().manual_seed((policy.seed * 1009 + row.layer) * 1_000_003 + len(row.output))
+    drawn = (policy.seed * 1009 + row.layer) * 1_000_003 + len(row.output)
+    generator = torch.Generator().manual_seed(drawn % 2**63)
     gone = torch.randperm(len(row.output), generator=generator)[:count].sort().values
     return Removal.of(gone.to(row.output.device))
 

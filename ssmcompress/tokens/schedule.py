@@ -5,11 +5,12 @@ from collections.abc import Collection
 
 from ssmcompress.arch.base import Arch
 from ssmcompress.errors import UnsupportedError
-from ssmcompress.policy import HALVING, WATCHING, TokenPolicy
+from ssmcompress.policy import HALVING, LEAST, TokenPolicy
 from ssmcompress.steps import ReduceTokens
 
 ANCHORS = {64: (12, 17, 22, 27, 32, 37, 42), 48: (10, 15, 20, 25, 30, 35)}  # the paper's, by depth
 DIGITS = 6
+LONG = 2048  # tokens of the prompt by which it is told what every block reads
 
 
 def anchors(depth: int) -> tuple[int, ...]:
@@ -33,7 +34,7 @@ def keep_for(flops: float, depth: int, layers: tuple[int, ...], method: str = "u
 
     UnsupportedError where so much cannot be.
     """
-    low, high = 0.5 if method in HALVING else 0.0, 1.0
+    low, high = 0.5 if method in HALVING else LEAST, 1.0
     if not layers or saved(depth, layers, low) <= flops:
         most = saved(depth, layers, low) if layers else 0.0
         after = f"after {len(layers)} of {depth} blocks" if layers else f"in a model of {depth} block{'s'[: depth - 1]}"
@@ -54,18 +55,12 @@ def resolved(step: ReduceTokens, arch: Arch, special: Collection[int] = (), seed
     """
     depth = arch.layers
     layers = anchors(depth) if step.layers is None else step.layers
-    beyond = [layer for layer in layers if layer >= depth]
-    if beyond:
-        usual = ",".join(map(str, anchors(depth)))
-        raise UnsupportedError(
-            f"Tokens cannot leave after block {beyond[0]}: there are {depth}, counted from 0.",
-            hint=f"Without --layers they leave after {usual}.",
-        )
-    blind = [layer for layer in layers if step.method in WATCHING and not arch.has_scan(layer)]
-    if blind:
-        raise UnsupportedError(
-            f"{step.method} looks into the scan, and block {blind[0]} has none.", hint="Choose other --layers."
-        )
+    if layers:  # else there are too few blocks, which is said with what could be saved
+        try:
+            arch.require_anchors(layers, step.method)
+        except UnsupportedError as error:
+            usual = ",".join(map(str, anchors(depth)))
+            raise UnsupportedError(error.message, hint=f"Without --layers they leave after {usual}.") from None
     keep = step.keep or keep_for(step.flops or 0.0, depth, layers, step.method)
     return TokenPolicy(layers=layers, keep=keep, special=tuple(sorted(special)), seed=seed, **step.details)
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ssmcompress
+from ssmcompress.arch.backbone import protect
 from ssmcompress.checkpoint.source import load
 from ssmcompress.cli import main
 from ssmcompress.edits import Reduce
@@ -172,3 +173,85 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         main([*given, "--overwrite", "--layers", "7"])
     assert left.value.code == 3
     assert "Without --layers they leave after 1,2,3,4" in " ".join(capsys.readouterr().err.split())
+
+
+def test_rules_that_look_into_scans_need_those_that_they_look_into(tmp_path: Path) -> None:
+    ssmcompress.reduce_tokens("ref:mamba2", method="simba", out=tmp_path / "a", no_eval=True)
+    for verb, more in ((ssmcompress.plan, {}), (ssmcompress.prune, {"out": tmp_path / "b", "no_eval": True})):
+        with pytest.raises(UnsupportedError, match="simba looks into the scan, and block"):
+            verb(str(tmp_path / "a"), axis="ssm", keep=3, method="random", **more)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_policy_is_never_left_without_a_block(tmp_path: Path) -> None:
+    ssmcompress.reduce_tokens("ref:mamba", layers=(0,), flops=0.1, out=tmp_path / "a", no_eval=True)
+    how = {"axis": "layer", "method": "random", "no_eval": True}
+    with pytest.raises(UnsupportedError, match="no block after which tokens could leave"):
+        ssmcompress.prune(str(tmp_path / "a"), keep=2, seed=0, out=tmp_path / "b", **how)
+    ssmcompress.prune(str(tmp_path / "a"), keep=2, seed=1, out=tmp_path / "b", **how)
+    assert load(str(tmp_path / "b")).arch.policy.layers == (0,)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layers": [7, 9]}, "cannot leave after block 7: there are 6"),
+        ({"layers": [5]}, "block 5, the last, save nothing"),
+        ({"layers": []}, "no block after which"),
+        ({"special": [10**30]}, "special.0"),
+        ({"seed": 10**30}, "seed"),
+        ({"keep": 1e-9}, "keep"),
+    ],
+)
+def test_a_stored_policy_that_cannot_be_followed_is_never_dropped(
+    reduced: Path, tmp_path: Path, change: dict, words: str
+) -> None:
+    for path in reduced.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[KEY] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=words):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "evit", "flops": 0.66666666}, "cannot save 67%"),
+        ({"layers": (5,)}, "the last, save nothing"),
+        ({"layers": (), "keep": 0.7}, "no block after which"),
+    ],
+)
+def test_what_would_leave_nothing_or_save_nothing_is_refused(tmp_path: Path, options: dict, words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        ssmcompress.reduce_tokens("ref:mamba", out=tmp_path / "a", no_eval=True, **options)
+
+
+def test_any_seed_draws(tmp_path: Path) -> None:
+    ssmcompress.reduce_tokens("ref:mamba", method="random", seed=2**62, out=tmp_path / "a", no_eval=True)
+    assert kept(tmp_path / "a")[-1].shape[1] < 40
+
+
+def test_the_card_says_what_every_block_reads_and_what_the_rule_looks_at(tmp_path: Path) -> None:
+    ssmcompress.reduce_tokens("ref:mamba", method="evit", keep=0.5, layers=(1, 3), out=tmp_path / "a", no_eval=True)
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "the blocks read 2,048, 2,048, 1,025, 1,025, 513, 513: 41.63% saved" in card
+    assert "The policy: importance clip, decay drop." in card
+
+
+def test_gradients_are_numbers_where_it_is_said_which_tokens_are_wanted(reduced: Path) -> None:
+    model = load(str(reduced), dtype=torch.float32).model
+    wanted = torch.zeros(1, 40, dtype=torch.bool)
+    wanted[:, 20:] = True
+    labels = IDS.masked_fill(~torch.cat([torch.zeros(1, 1, dtype=torch.bool), wanted[:, :-1]], 1), -100)
+    with protect(model, wanted):
+        loss = model(IDS, labels=labels, use_cache=False).loss
+    loss.backward()
+    assert loss.isfinite() and all(each.grad.isfinite().all() for each in model.parameters() if each.grad is not None)
+
+
+def test_an_empty_prompt_has_no_tokens_to_lose(reduced: Path) -> None:
+    model = load(str(reduced), dtype=torch.float32).model
+    assert model(IDS[:, :0], use_cache=False).logits.shape[:2] == (1, 0)
