@@ -1,10 +1,11 @@
 """The blocks in turn, and the port between them: tokens of a prompt may leave after a block."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
@@ -210,6 +211,12 @@ def dense(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         backbone.select = select
+
+
+def passed(model: nn.Module) -> np.ndarray:
+    """How many tokens of the last prompts each block read."""
+    kept: Sequence[Tensor] = cast(Any, model).backbone.kept
+    return np.array([int((positions != GONE).sum()) for positions in kept[:-1]])
 
 
 def reduces(model: nn.Module) -> bool:

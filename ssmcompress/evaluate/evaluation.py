@@ -223,13 +223,14 @@ def _likelihood(checkpoint: Checkpoint, asked: Asked, done: Measures, emit: Emit
     settings: dict[str, Any] = {"length": asked.length, "batch": asked.batch_size, "seed": asked.seed}
     settings["context"] = asked.context
 
-    def measure() -> list[dict[str, Any]]:
+    def measure() -> dict[str, Any]:
         found = score(checkpoint.model, checkpoint.tokenizer, asked.documents, **settings, emit=emit)
         _require_numbers(checkpoint, "the text", [document.nats for document in found.documents])
-        return [vars(document) for document in found.documents]
+        return {"documents": [vars(document) for document in found.documents], "tokens_read": found.tokens_read}
 
-    documents = [DocumentScore(**row) for row in done.get("perplexity", measure)]
-    found = summarise(documents, asked.length, asked.seed)
+    kept = done.get("perplexity", measure)
+    documents = [DocumentScore(**row) for row in kept["documents"]]
+    found = summarise(documents, asked.length, asked.seed, kept["tokens_read"])
     tell_perplexity(found, emit)
     return found
 
@@ -328,6 +329,10 @@ def tell_perplexity(found: Perplexity, emit: Emit) -> None:
     """The figures of a text as events."""
     emit(Metric("bits per byte", found.bits_per_byte, *(found.bits_per_byte_interval or ())))
     emit(Metric("token perplexity", found.perplexity, *(found.perplexity_interval or ())))
+    if found.tokens_read is not None:
+        read = ", ".join(f"{share:.1%}" for share in found.tokens_read)
+        work = 1 - sum(found.tokens_read) / len(found.tokens_read)
+        emit(Note(f"Of this text's tokens the blocks read {read}: {work:.1%} of their work was not done."))
 
 
 def tell_recall(found: list[probes.Recall], emit: Emit) -> None:

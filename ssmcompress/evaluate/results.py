@@ -82,7 +82,8 @@ class Summary(BaseModel):
     """Figures of a checkpoint; bytes are those of the weights as stored and of one sequence's recurrent state.
 
     Of every window of `length` tokens of the text the first `context` were read and not scored. `flops_reduction` is
-    the share of the blocks' work on a long prompt that is not done, where tokens leave.
+    the share of the blocks' work on a long prompt that is not done, where tokens leave, and `tokens_read` the share of
+    this text's tokens that each block read.
     The files of an adapter that was merged into it are among those of `model_sha256`; its `source` is then `model`,
     unless that has one itself.
     """
@@ -104,6 +105,7 @@ class Summary(BaseModel):
     text_sha256: str | None = None
     length: int | None = None
     context: int = 0
+    tokens_read: tuple[float, ...] | None = None
     bits_per_byte: float | None = None
     bits_per_byte_interval: tuple[float, float] | None = None
     perplexity: float | None = None
@@ -137,6 +139,7 @@ class Summary(BaseModel):
                 "text": Path(text or "").name,
                 "text_sha256": _identity(likelihood),
                 "length": likelihood.length,
+                "tokens_read": likelihood.tokens_read,
                 "bits_per_byte": likelihood.bits_per_byte,
                 "bits_per_byte_interval": likelihood.bits_per_byte_interval,
                 "perplexity": likelihood.perplexity,

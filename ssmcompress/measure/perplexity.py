@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssmcompress.arch.backbone import protect
+from ssmcompress.arch.backbone import passed, protect, reduces
 from ssmcompress.errors import InputError
 from ssmcompress.events import Advance, Emit, Note, Phase, ignore
 
@@ -30,7 +30,10 @@ class DocumentScore:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Bits per byte and token perplexity of a text; intervals are 95 % bootstrap over documents, None for one."""
+    """Bits per byte and token perplexity of a text; intervals are 95 % bootstrap over documents, None for one.
+
+    `tokens_read` is the share of the text's tokens that each block read, where some leave on their way.
+    """
 
     bits_per_byte: float
     bits_per_byte_interval: tuple[float, float] | None
@@ -38,6 +41,7 @@ class Perplexity:
     perplexity_interval: tuple[float, float] | None
     length: int
     documents: tuple[DocumentScore, ...]
+    tokens_read: tuple[float, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, documents included, for paired tests later."""
@@ -91,6 +95,7 @@ def perplexity(
     device = next(model.parameters()).device
     # windows of one length share a batch, so that nothing is padded and no row depends on its batch
     order = sorted(range(len(parts)), key=lambda i: (-len(parts[i][0]), i))
+    read_by: list[np.ndarray] = []
     emit(Phase("perplexity", len(parts)))
     for group in _groups(order, parts, batch):
         rows = torch.tensor([[start, *parts[i][0]] for i in group], device=device)
@@ -98,6 +103,8 @@ def perplexity(
         scored = torch.arange(rows.shape[1] - 1, device=device) >= read[:, None]
         with protect(model, scored):
             logits = model(rows[:, :-1], use_cache=False).logits.float()
+        if reduces(model):
+            read_by.append(passed(model))
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
         losses = losses.double().view_as(scored).masked_fill(~scored, 0.0)
         for i, loss in zip(group, losses.sum(1).tolist(), strict=True):
@@ -106,10 +113,13 @@ def perplexity(
     if len(sizes) == 1:
         emit(Note("One document: no interval.", "warning"))
     scores = tuple(DocumentScore(float(n), *size) for n, size in zip(nats, sizes, strict=True))
-    return summarise(scores, length, seed)
+    counts = np.sum(read_by, axis=0) if read_by else None
+    return summarise(scores, length, seed, None if counts is None else tuple((counts / counts[0]).tolist()))
 
 
-def summarise(documents: Sequence[DocumentScore], length: int, seed: int = 0) -> Perplexity:
+def summarise(
+    documents: Sequence[DocumentScore], length: int, seed: int = 0, tokens_read: Sequence[float] | None = None
+) -> Perplexity:
     """The figures of a text from its documents' scores."""
     table = np.array([(d.nats, d.tokens, d.bytes) for d in documents])
     draws = _resample(table, seed)
@@ -128,6 +138,7 @@ def summarise(documents: Sequence[DocumentScore], length: int, seed: int = 0) ->
         _interval(token_perplexity(draws)) if len(table) > 1 else None,
         length,
         tuple(documents),
+        None if tokens_read is None else tuple(tokens_read),
     )
 
 

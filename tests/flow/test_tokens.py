@@ -255,3 +255,12 @@ def test_gradients_are_numbers_where_it_is_said_which_tokens_are_wanted(reduced:
 def test_an_empty_prompt_has_no_tokens_to_lose(reduced: Path) -> None:
     model = load(str(reduced), dtype=torch.float32).model
     assert model(IDS[:, :0], use_cache=False).logits.shape[:2] == (1, 0)
+
+
+def test_eval_counts_what_the_blocks_read(reduced: Path) -> None:
+    found = ssmcompress.evaluate(str(reduced), perplexity="default", limit=2)
+    assert found.tokens_read is not None and found.tokens_read[0] == 1
+    assert list(found.tokens_read) == sorted(found.tokens_read, reverse=True)
+    assert 0.08 < 1 - sum(found.tokens_read) / 6 < 0.12  # half of what is asked for: only prompts lose tokens
+    assert found.flops_reduction == pytest.approx(0.2, abs=1e-4)
+    assert ssmcompress.evaluate(f"ref:{reduced.name}", perplexity="default", limit=2, context=256).tokens_read is None
