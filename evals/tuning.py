@@ -28,7 +28,7 @@ from ssmcompress.tune_state import LORA_LR
 
 KEPT = Path(__file__).parent / "results"
 STEPS, EVERY, PROMPTS, SEEDS = 300, 60, 200, (0, 1, 2)
-FACTORS = (0.25, 1.0, 4.0, 16.0)  # of the usual learning rate
+FACTORS = (0.25, 1.0, 4.0, 16.0, 64.0)  # of the usual learning rate
 METHODS: dict[str, dict[str, Any]] = {
     "state-offset": {"method": "state-offset"},
     "state-offset, low-rank 1": {"method": "state-offset", "form": "low-rank"},

@@ -81,7 +81,7 @@ class Backbone(nn.Module):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Ids [B, L] or embeddings [B, L, d] → hidden states [B, L, d]."""
+        """Ids [B, L] or embeddings [B, L, d], of which none is known to be special → hidden states [B, L, d]."""
         read = cache_params is not None and cache_params.has_previous_state()
         given = input_ids if inputs_embeds is None else inputs_embeds
         if self.select is None or read or (given is not None and not given.shape[1]):
@@ -95,7 +95,7 @@ class Backbone(nn.Module):
                 attention_mask=attention_mask,
                 **kwargs,
             )
-        if output_hidden_states:
+        if output_hidden_states or (output_hidden_states is None and cast(Any, self.config).output_hidden_states):
             raise UnsupportedError("A model that reduces tokens has no hidden states of one length.")
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:

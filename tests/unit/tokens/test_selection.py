@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -151,3 +152,55 @@ def test_carried_decay_is_that_of_tokens_that_only_decay() -> None:
     longer, smaller, limit = stride(dt[:, keep], B[:, keep], torch.tensor([[1, 1, 3, 3]]), None)
     got = reference.ssd(x[:, keep], longer, A, smaller, C[:, keep], dt_limit=limit)[0]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def chosen(output: Tensor, free: list[int], how: TokenPolicy) -> tuple[list[int], dict[int, int], set[int]]:
+    """Which of the free tokens leave, one after the other; into which each merges; and which do so in the residual."""
+    count = len(free) - math.ceil(len(free) * how.keep - 1e-9)
+    important = sorted(free, key=lambda i: float(output[i].clamp_min(0).mean()))
+    if how.method == "drop-earliest" or not count:
+        return free[:count], {}, set()
+    if how.method == "evit":
+        return important[:count], {}, set()
+    half = len(free) // 2
+    sources, targets = (important[:half], important[half:]) if how.method == "utrc" else (free[::2], free[1::2])
+    near = {a: max((float(torch.cosine_similarity(output[a], output[b], 0)), -b) for b in targets) for a in sources}
+    gone = sorted(sources, key=lambda a: -near[a][0])[:count]
+    lost = gone[count - int(how.pruned * count + 0.5) :] if how.method == "utrc" else []
+    return gone, {a: -near[a][1] for a in gone}, set(lost)
+
+
+def mean(x: Tensor, i: int, into: dict[int, int]) -> Tensor:
+    return torch.stack([x[i], *(x[a] for a, b in into.items() if b == i)]).mean(0)
+
+
+@torch.no_grad()
+def by_a_loop(model: Any, ids: Tensor, how: TokenPolicy) -> tuple[Tensor, list[int]]:
+    """Logits of the tokens that are left of one prompt, and where they stood."""
+    hidden, positions = model.backbone.embeddings(ids)[0], list(range(ids.shape[1]))
+    for layer, block in enumerate(model.backbone.layers):
+        output = block.mixer(block.norm(hidden[None]))[0]
+        stays, into, lost = list(range(len(hidden))), dict[int, int](), set[int]()
+        if layer in how.layers:
+            free = [i for i in stays[:-1] if int(ids[0, positions[i]]) not in how.special]
+            gone, into, lost = chosen(output, free, how)
+            stays = [i for i in stays if i not in gone]
+        seen = {a: b for a, b in into.items() if a not in lost}
+        hidden = torch.stack([mean(hidden, i, into) + mean(output, i, seen) for i in stays])
+        positions = [positions[i] for i in stays]
+    return model.lm_head(model.backbone.norm_f(hidden)), positions
+
+
+LOOPED = [("tome", {}), ("evit", {}), ("drop-earliest", {}), *(("utrc", {"pruned": q}) for q in (0.0, 0.3, 1.0))]
+
+
+@pytest.mark.parametrize(("method", "more"), LOOPED)
+@pytest.mark.parametrize("length", [2, 3, 24])
+def test_the_whole_model_is_that_of_a_loop(checkpoint: Checkpoint, method: str, more: dict, length: int) -> None:
+    how, ids = policy(method, keep=0.7, **more), prompt(length)
+    expected, positions = by_a_loop(checkpoint.model, ids, how)
+    install(checkpoint.model, how)
+    found = logits(checkpoint.model, ids)
+    install(checkpoint.model, None)
+    assert (~found[0].isnan().any(-1)).nonzero().flatten().tolist() == positions
+    torch.testing.assert_close(found[0, positions], expected, rtol=1e-4, atol=1e-4)
