@@ -182,14 +182,16 @@ TokenImportance = Annotated[
 ]
 Merging = Annotated[
     Literal["mean", "sequential"] | None,
-    typer.Option("--merge", help="utrc, tome: several tokens into one.", show_default="mean", rich_help_panel=TOKENS),
+    typer.Option(
+        "--merge", help="utrc, tome, pumer: several tokens into one.", show_default="mean", rich_help_panel=TOKENS
+    ),
 ]
 MatchWindow = Annotated[
     int | None,
     typer.Option(
         "--match-window",
         metavar="TOKENS",
-        help="utrc, tome: merge only tokens so near; the time then grows with the length alone.",
+        help="utrc, tome, pumer: merge only tokens so near; the time then grows with the length alone.",
         show_default="anywhere",
         rich_help_panel=TOKENS,
     ),

@@ -13,6 +13,7 @@ Rule = Literal[
     "utrc-released",
     "evit",
     "tome",
+    "pumer",
     "simba",
     "hidden-attention",
     "drop-earliest",
@@ -24,9 +25,9 @@ Importance = Literal["clip", "l1", "l2", "mean"]
 Merge = Literal["mean", "sequential"]
 Decay = Literal["drop", "carry"]
 LEAST = 0.01  # the share of tokens that stays at least: else hardly any prompt would keep one
-HALVING = ("utrc", "tome", "utrc-released")  # rules that take tokens from one half only
+HALVING = ("utrc", "tome", "pumer", "utrc-released")  # rules that take tokens from one half only
 RANKING = ("utrc", "evit")  # rules with an importance
-MATCHING = ("utrc", "tome")  # rules that find each token its most similar one
+MATCHING = ("utrc", "tome", "pumer")  # rules that find each token its most similar one
 WATCHING = ("simba", "hidden-attention")  # rules that look into the scan
 
 

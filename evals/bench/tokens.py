@@ -4,6 +4,7 @@ python evals/bench/tokens.py [--repeats 3] [--quick] [--keep]
 """
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Sequence
@@ -73,12 +74,13 @@ def measured(
     model: Any = rivals.build(arch, "ours", torch.float32)
     rows = []
     for length in lengths:
-        ids, dense = rivals.tokens(arch, 1, length), most(shape, family, length, None, repeats)
+        ids = rivals.tokens(arch, 1, length)
         for window in (None, 256):
             policy = resolved(ReduceTokens(flops=FLOPS, match_window=window), arch)
-            reduced = most(shape, family, length, policy, repeats)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                most = alone.submit(peaks, shape, family, length, policy, repeats).result()
             row = (family, str(length), str(window or "anywhere"), *told(model, ids, policy, repeats))
-            rows.append((*row, f"{reduced:,.0f} MiB", f"{dense:,.0f} MiB"))
+            rows.append((*row, *(f"{each / 2**20:,.0f} MiB" for each in most)))
             tell(Note(" ".join(rows[-1])))
     return rows
 
@@ -100,26 +102,23 @@ def told(model: Any, ids: Tensor, policy: TokenPolicy, repeats: int) -> tuple[st
     )
 
 
-def most(shape: rivals.Shape, family: str, length: int, policy: TokenPolicy | None, repeats: int) -> float:
-    """MiB that reading a prompt takes at most beyond the model, in processes of their own: the median."""
-    found = []
-    for _ in range(repeats):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-            found.append(alone.submit(peak, shape, family, length, policy).result())
-    return statistics.median(found) / 2**20
-
-
-def peak(shape: rivals.Shape, family: str, length: int, policy: TokenPolicy | None) -> float:
-    """Bytes that reading a prompt takes at most beyond the model."""
+def peaks(shape: rivals.Shape, family: str, length: int, policy: TokenPolicy, repeats: int) -> tuple[float, float]:
+    """Bytes beyond the model that reading a prompt takes at most, reduced and dense, by turns in one process."""
     torch.set_num_threads(1)
     arch = shape.arch(family)
     model: Any = rivals.build(arch, "ours", torch.float32)
-    ids, select = rivals.tokens(arch, 1, length), Selection(policy) if policy else None
-    prefill(model, ids[:, :64], select)
+    ids, ways = rivals.tokens(arch, 1, length), (Selection(policy), None)
+    for select in ways:
+        prefill(model, ids[:, :64], select)
+    gc.collect()
     before = resident("VmRSS")
-    forget()
-    prefill(model, ids, select)
-    return resident("VmHWM") - before
+    found: dict[Selection | None, list[float]] = {select: [] for select in ways}
+    for select in ways * repeats:
+        forget()
+        prefill(model, ids, select)
+        found[select].append(resident("VmHWM") - before)
+    reduced, dense = (statistics.median(found[select]) for select in ways)
+    return reduced, dense
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ def utrc(row: Row, count: int, policy: TokenPolicy) -> Removal:
 
 
 def tome(row: Row, count: int, policy: TokenPolicy) -> Removal:
-    """Of every second token, those most like one of the others, merged (ToMe, Bolya et al., 2023; PuMer, 2023)."""
+    """Of every second token, those most like one of the others, merged (ToMe, Bolya, 2023; PuMer, Cao, 2023)."""
     every = torch.arange(len(row.output), device=row.output.device)
     return _closest(row, every[::2], every[1::2], count, policy, 0.0)
 
@@ -99,6 +99,7 @@ RULES: dict[str, Callable[[Row, int, TokenPolicy], Removal]] = {
     "utrc-released": released,
     "evit": evit,
     "tome": tome,
+    "pumer": tome,
     "simba": partial(watched, scores.influence),
     "hidden-attention": partial(watched, scores.energy),
     "drop-earliest": drop_earliest,

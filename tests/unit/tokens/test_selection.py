@@ -191,7 +191,13 @@ def by_a_loop(model: Any, ids: Tensor, how: TokenPolicy) -> tuple[Tensor, list[i
     return model.lm_head(model.backbone.norm_f(hidden)), positions
 
 
-LOOPED = [("tome", {}), ("evit", {}), ("drop-earliest", {}), *(("utrc", {"pruned": q}) for q in (0.0, 0.3, 1.0))]
+LOOPED = [
+    ("tome", {}),
+    ("pumer", {}),
+    ("evit", {}),
+    ("drop-earliest", {}),
+    *(("utrc", {"pruned": q}) for q in (0.0, 0.3, 1.0)),
+]
 
 
 @pytest.mark.parametrize(("method", "more"), LOOPED)
