@@ -1,18 +1,21 @@
-"""What the methods of `tune-state` are worth beside one another: E2E on both reference checkpoints, in equal steps.
+"""What the methods of `tune-state` are worth beside one another, in equal steps.
 
-python -m evals.tuning --data DIR [mamba|mamba2]   hours on one core: it goes on where it was, in evals/results/tuning-*
-python -m evals.tuning                             writes the tables from what is kept
+python -m evals.tuning --data DIR [e2e|dart|sst2] [mamba|mamba2]   an hour or two on one core; it goes on where it was
+python -m evals.tuning                                             writes the tables from what is kept
 
-DIR holds e2e-nlg/. Learning rates are chosen on the validation set, with one seed; the test set (its first 200 prompts)
-is looked at once, with the best rate and three seeds.
+DIR holds e2e-nlg/, dart/ and glue/SST-2/. Learning rates, four times apart, are chosen on validation examples with one
+seed, up or down as long as it gets better; the test set (its first prompts) is looked at once, with the best rate and
+three seeds. DART's dev split learns from four fifths of its triple sets and validates on the rest.
 """
 
 import argparse
 import json
 import resource
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from math import inf
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,9 @@ from ssmcompress.events import Emit, Note, Terminal
 from ssmcompress.tune_state import LORA_LR
 
 KEPT = Path(__file__).parent / "results"
-STEPS, EVERY, PROMPTS, SEEDS = 300, 60, 200, (0, 1, 2)
-FACTORS = (0.25, 1.0, 4.0, 16.0, 64.0)  # of the usual learning rate
+STEPS, EVERY, SEEDS = 200, 50, (0, 1, 2)
+APART, MOST = 4.0, 4  # of one learning rate to the next, and how many of these steps away from the usual one at most
+MODELS = ("mamba", "mamba2")
 METHODS: dict[str, dict[str, Any]] = {
     "state-offset": {"method": "state-offset"},
     "state-offset, low-rank 1": {"method": "state-offset", "form": "low-rank"},
@@ -36,55 +40,104 @@ METHODS: dict[str, dict[str, Any]] = {
     "output-offset": {"method": "output-offset"},
     "initial-state": {"method": "initial-state"},
     "bitfit": {"method": "bitfit"},
-    "lora, rank 2": {"method": "lora", "rank": 2},
     "lora, rank 8": {"method": "lora", "rank": 8},
     "full": {"method": "full"},
 }
-COLUMNS = ("", "parameters", "lr", "bits per byte", "BLEU", "chrF", "ROUGE-L", "s a step", "memory")
+ALL = tuple(METHODS)
+MAIN = ("state-offset", "output-offset", "initial-state", "bitfit", "lora, rank 8", "full")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task: which methods it compares, how many prompts of its test count, and its files below the data folder."""
+
+    methods: tuple[str, ...]
+    prompts: int
+    files: Callable[[Path, Path], dict[str, Path]]
+
+
+def _e2e(data: Path, scratch: Path) -> dict[str, Path]:
+    files = {"data": "trainset.csv", "valid": "devset.csv", "test": "testset_w_refs.csv"}
+    return {name: data / "e2e-nlg" / file for name, file in files.items()}
+
+
+def _dart(data: Path, scratch: Path) -> dict[str, Path]:
+    """Its dev split by triple sets, drawn once."""
+    rows = json.loads((data / "dart/webnlg_and_human_ann_dev.json").read_text(encoding="utf-8"))
+    keys = [json.dumps(row["tripleset"]) for row in rows]
+    unique = sorted(set(keys))
+    apart = set(np.random.default_rng(0).permutation(unique)[: len(unique) // 5].tolist())
+    sides = {"data": False, "valid": True}
+    for name, side in sides.items():
+        chosen = [row for key, row in zip(keys, rows, strict=True) if (key in apart) == side]
+        (scratch / f"{name}.json").write_text(json.dumps(chosen), encoding="utf-8")
+    return {name: scratch / f"{name}.json" for name in sides} | {"test": data / "dart/webnlg_and_human_ann_test.json"}
+
+
+def _sst2(data: Path, scratch: Path) -> dict[str, Path]:
+    """Its dev split is the test; a twentieth of what is learned from validates."""
+    return {"data": data / "glue/SST-2/train.tsv", "test": data / "glue/SST-2/dev.tsv"}
+
+
+CASES = {"e2e": Case(ALL, 200, _e2e), "dart": Case(MAIN, 200, _dart), "sst2": Case(MAIN, 10_000, _sst2)}
 
 
 def main() -> None:
     """Measures what is not measured yet where asked to, and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["mamba", "mamba2"])
+    parser.add_argument("chosen", nargs="*", choices=[*CASES, *MODELS, []])
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
     with Terminal() as tell:
-        for model in options.models:
-            path = KEPT / f"tuning-{model}.json"
-            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            if options.data:
-                for name, method in cases(model):
-                    measure(model, name, method, options.data / "e2e-nlg", found, path, tell)
-            (KEPT / f"tuning-{model}.md").write_text(table(model, found), encoding="utf-8")
+        for task in [each for each in CASES if each in options.chosen] or CASES:
+            for model in [each for each in MODELS if each in options.chosen] or MODELS:
+                path = KEPT / f"tuning-{task}-{model}.json"
+                found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+                if options.data:
+                    for name in methods(task, model):
+                        measure(task, model, name, options.data, found, path, tell)
+                if found:
+                    path.with_suffix(".md").write_text(table(task, model, found), encoding="utf-8")
 
 
-def cases(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def methods(task: str, model: str) -> Iterator[str]:
     """The methods that the model has."""
-    return ((name, method) for name, method in METHODS.items() if model != "mamba" or method.get("form") != "per-head")
+    return (name for name in CASES[task].methods if model != "mamba" or METHODS[name].get("form") != "per-head")
 
 
-def measure(
-    model: str, name: str, method: dict[str, Any], data: Path, found: dict[str, Any], path: Path, tell: Emit
-) -> None:
-    """A learning rate by the validation set, then the test with it; what is there already is not measured again."""
+def measure(task: str, model: str, name: str, data: Path, found: dict[str, Any], path: Path, tell: Emit) -> None:
+    """A learning rate by the validation examples, then the test with it; what is there is not measured again."""
     each = found.setdefault(name, {"validation": {}, "test": {}})
+    method = METHODS[name]
     usual = LORA_LR if method["method"] == "lora" else TUNABLE[method["method"]].usual
-    for factor in FACTORS:
-        rate = f"{usual * factor:g}"
+
+    def bits(power: int) -> float:
+        rate = f"{usual * APART**power:g}"
         if rate not in each["validation"]:
-            made = run(model, method, data, lr=float(rate))
+            made = run(task, model, method, data, lr=float(rate))
             each["validation"][rate] = made["after"]["bits_per_byte"] if made else None
             keep(path, found)
-            tell(Note(f"{model}, {name}, {rate}: {each['validation'][rate]}"))
-    best = min((bits, rate) for rate, bits in each["validation"].items() if bits is not None)[1]
+            tell(Note(f"{task}, {model}, {name}, {rate}: {each['validation'][rate]}"))
+        return each["validation"][rate] or inf
+
+    best = f"{usual * APART ** climbed(bits):g}"
     for seed in SEEDS:
         if str(seed) not in each["test"]:
-            test = {"test": str(data / "testset_w_refs.csv"), "limit": PROMPTS}
-            made = run(model, method, data, lr=float(best), seed=seed, **test)
+            made = run(task, model, method, data, lr=float(best), seed=seed, tested=True)
             each["test"][str(seed)] = made | {"lr": best}
             keep(path, found)
-            tell(Note(f"{model}, {name}, seed {seed}: {made['after']['bits_per_byte']:.4f}"))
+            tell(Note(f"{task}, {model}, {name}, seed {seed}: {made['after']['bits_per_byte']:.4f}"))
+
+
+def climbed(bits: Callable[[int], float]) -> int:
+    """The power with the fewest bits, from 0 on upwards as long as it gets better, else downwards."""
+    best = 0
+    for way in (1, -1):
+        while abs(best + way) <= MOST and bits(best + way) < bits(best):
+            best += way
+        if best:
+            break
+    return best
 
 
 def run(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -93,15 +146,21 @@ def run(*arguments: Any, **options: Any) -> dict[str, Any]:
         return alone.submit(tuned, *arguments, **options).result()
 
 
-def tuned(model: str, method: dict[str, Any], data: Path, **options: Any) -> dict[str, Any]:
-    """The figures of one run; none where its loss is no number."""
+def tuned(
+    task: str, model: str, method: dict[str, Any], data: Path, *, tested: bool = False, **options: Any
+) -> dict[str, Any]:
+    """The figures of one run, of its validation examples unless it is tested; none where its loss is no number."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        out, sides = Path(folder) / "adapter", {"data": "trainset.csv", "valid": "devset.csv"}
-        files = {name: str(data / file) for name, file in sides.items()}
+        scratch, out = Path(folder), Path(folder) / "adapter"
+        files = {name: str(file) for name, file in CASES[task].files(data, scratch).items()}
+        if tested:
+            options["limit"] = CASES[task].prompts
+        else:
+            del files["test"]
         try:
             found = ssmcompress.tune_state(
-                f"ref:{model}", task="e2e", steps=STEPS, every=EVERY, out=out, **files, **method, **options
+                f"ref:{model}", task=task, steps=STEPS, every=EVERY, out=out, **files, **method, **options
             )
         except InputError:
             return {}
@@ -125,18 +184,20 @@ def keep(path: Path, found: dict[str, Any]) -> None:
     path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
-def table(model: str, found: dict[str, Any]) -> str:
+def table(task: str, model: str, found: dict[str, Any]) -> str:
     """Markdown: the mean of the seeds, and how far they lie apart."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS)]
-    rows += [row(name, list(each["test"].values())) for name, each in found.items() if each["test"]]
-    return f"### ref:{model}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
+    tested = {name: list(each["test"].values()) for name, each in found.items() if each["test"]}
+    figures = [each["name"] for each in next(iter(tested.values()), [{"figures": ()}])[0]["figures"]]
+    columns = ("", "parameters", "lr", "bits per byte", *figures, "s a step", "memory")
+    rows = [columns, ("---",) * len(columns), *(row(name, runs) for name, runs in tested.items())]
+    return f"### {task}, ref:{model}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
 
 
 def row(name: str, runs: list[dict[str, Any]]) -> tuple[str, ...]:
     """Cells of one method."""
-    figures = {each["name"]: [run["figures"][i]["value"] for run in runs] for i, each in enumerate(runs[0]["figures"])}
+    figures = [[each["value"] for each in same] for same in zip(*(run["figures"] for run in runs), strict=True)]
     bits = [run["after"]["bits_per_byte"] for run in runs]
-    metrics = (_spread(values, 1) for values in figures.values())
+    metrics = (_spread(values, 1) for values in figures)
     seconds = f"{np.median([run['seconds'] for run in runs]):.2f}"
     return (name, f"{runs[0]['trainable']:,}", runs[0]["lr"], _spread(bits, 4), *metrics, seconds, _memory(runs))
 
