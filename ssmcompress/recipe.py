@@ -174,6 +174,8 @@ class TuneOptions(TypedDict, total=False):
     method: str
     form: str | None
     rank: int | None
+    states: int | None
+    tokens: int | None
     alpha: float | None
     targets: Sequence[str]
     data: Required[str]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ssmcompress import kernels
-from ssmcompress.arch.base import Arch, mixers
+from ssmcompress.arch.base import Arch
+from ssmcompress.arch.mixer import mixers
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.calib.data import Windows
 from ssmcompress.checkpoint import card, manifest

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ssmcompress import edits as editing
 from ssmcompress import record
-from ssmcompress.arch.base import mixers
+from ssmcompress.arch.mixer import mixers
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.assess import assess, foresee, made_by
 from ssmcompress.checkpoint import manifest

@@ -15,7 +15,7 @@ from ssmcompress.arch.tunable import TUNABLE, install
 from ssmcompress.checkpoint import adapter as adapters
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.fitting import LAYER
-from ssmcompress.checkpoint.learned import kind
+from ssmcompress.checkpoint.learned import Learned
 from ssmcompress.checkpoint.output import TUNING, kept, output
 from ssmcompress.checkpoint.source import Checkpoint, load, resolve
 from ssmcompress.checkpoint.verify import agree, require_finite
@@ -184,7 +184,7 @@ def _learned(checkpoint: Checkpoint, step: TuneState) -> tuple[dict[str, nn.Para
     if step.method == "lora":
         return wrap(checkpoint.model, checkpoint.arch, step)
     form = step.form or "full"
-    found = install(checkpoint.model, checkpoint.arch, step.method, form, step.ranked)
+    found = install(checkpoint.model, checkpoint.arch, step.method, form, step.size)
     if any(parameter.dtype != torch.float32 for parameter in found.values()):
         raise UnsupportedError(
             f"{step.method} learns weights of the model, here in {checkpoint.model.dtype}: too coarse.",
@@ -192,7 +192,7 @@ def _learned(checkpoint: Checkpoint, step: TuneState) -> tuple[dict[str, nn.Para
         )
     if step.method == "full":
         _hold_zeros(found)
-    return found, {"peft_type": kind(step.method), "form": form, "r": step.ranked}
+    return found, Learned.of(step.method, form, step.size)
 
 
 def _hold_zeros(learned: dict[str, nn.Parameter]) -> None:
@@ -238,7 +238,8 @@ def _tell_learned(checkpoint: Checkpoint, step: TuneState, learned: dict[str, nn
     count, whole = sum(each.numel() for each in learned.values()), checkpoint.stored.meta().values()
     share = count / sum(tensor.numel() for tensor in whole)
     layers = len(_layers(learned))
-    tell(Note(f"{step.method}: {count:,} parameters, {share:.3%}, in {layers} of {checkpoint.arch.layers} layers."))
+    where = f"in {layers} of {checkpoint.arch.layers} layers" if layers else "before the first layer"
+    tell(Note(f"{step.method}: {count:,} parameters, {share:.3%}, {where}."))
 
 
 def _tell_change(change: record.Change, best: int, tell: Emit) -> None:

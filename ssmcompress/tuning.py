@@ -8,12 +8,30 @@ from pydantic import Field, field_validator, model_validator
 
 from ssmcompress.schema import Strict
 
-TuneMethod = Literal["state-offset", "output-offset", "initial-state", "conv-state", "bitfit", "a-log", "lora", "full"]
+TuneMethod = Literal[
+    "state-offset",
+    "output-offset",
+    "initial-state",
+    "conv-state",
+    "additional-scan",
+    "prefix",
+    "prompt",
+    "bitfit",
+    "a-log",
+    "lora",
+    "full",
+]
 TUNE_METHODS: tuple[TuneMethod, ...] = get_args(TuneMethod)
 TaskName = Literal["e2e", "dart", "spider", "sst2", "rte"]
 Form = Literal["full", "low-rank", "per-head"]
 Count = Annotated[int, Field(ge=1)]
-RANKS = {"lora": 8, "low-rank": 1}  # unless told
+SIZES = {  # what says how much is learned, and its value unless told
+    "lora": ("rank", 8),
+    "low-rank": ("rank", 1),
+    "additional-scan": ("states", 8),
+    "prefix": ("tokens", 16),
+    "prompt": ("tokens", 16),
+}
 
 
 class TuneState(Strict):
@@ -32,6 +50,8 @@ class TuneState(Strict):
     method: TuneMethod = "state-offset"
     form: Form | None = None
     rank: Count | None = None
+    states: Count | None = None
+    tokens: Count | None = None
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     targets: tuple[str, ...] = ()
     data: str
@@ -69,8 +89,10 @@ class TuneState(Strict):
     def _consistent(self) -> "TuneState":
         if self.form is not None and self.method != "state-offset":
             raise ValueError(f"form has no meaning with the method {self.method}")
-        if self.rank is not None and self.method != "lora" and self.form != "low-rank":
-            raise ValueError("rank is for the method lora and the form low-rank")
+        for option in ("rank", "states", "tokens"):
+            if getattr(self, option) is not None and option != self._sized[0]:
+                owners = ", ".join(kind for kind, (name, _) in SIZES.items() if name == option)
+                raise ValueError(f"{option} has no meaning with the method {self.method}: it is for {owners}")
         for option in ("alpha", "targets"):
             if getattr(self, option) and self.method != "lora":
                 raise ValueError(f"{option} has no meaning with the method {self.method}")
@@ -86,10 +108,14 @@ class TuneState(Strict):
         return self
 
     @property
-    def ranked(self) -> int | None:
-        """The rank, where there is one."""
-        kind = self.method if self.method == "lora" else self.form
-        return self.rank or RANKS.get(kind or "")
+    def _sized(self) -> tuple[str, int | None]:
+        return SIZES.get(self.form or self.method, ("", None))
+
+    @property
+    def size(self) -> int | None:
+        """The rank, the states or the tokens that are learned, where the method has such a number."""
+        option, usual = self._sized
+        return (getattr(self, option) if option else None) or usual
 
     @property
     def pace(self) -> int:

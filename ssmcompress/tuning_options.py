@@ -21,6 +21,14 @@ Rank = Annotated[
     int | None,
     typer.Option("--rank", min=1, help="Of lora or a low-rank offset.", show_default="8; 1", rich_help_panel=WHAT),
 ]
+States = Annotated[
+    int | None,
+    typer.Option("--states", min=1, help="Of an additional scan.", show_default="8", rich_help_panel=WHAT),
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option("--tokens", min=1, help="Of a prefix or prompt.", show_default="16", rich_help_panel=WHAT),
+]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="Of lora.", show_default="the rank", rich_help_panel=WHAT)]
 Targets = Annotated[
     str | None,
@@ -100,6 +108,8 @@ def _tuning_options(
     method: Method = "state-offset",
     form: OffsetForm = None,
     rank: Rank = None,
+    states: States = None,
+    tokens: Tokens = None,
     alpha: Alpha = None,
     targets: Targets = None,
     valid: Valid = None,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Mamba2Config, MambaConfig, PreTrainedModel
 
 from ssmcompress import kernels
-from ssmcompress.arch.base import use_backend
+from ssmcompress.arch.mixer import use_backend
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.measure.exercises import Vocabulary
 from ssmcompress.measure.recall import copy_probe, key_value_probe

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
-from ssmcompress.arch.base import Mixer
+from ssmcompress.arch.mixer import Mixer, Record
 from ssmcompress.arch.scan import Scan
 from ssmcompress.errors import UnsupportedError
 
@@ -67,6 +67,7 @@ class Backbone(nn.Module):
 
     select: Select | None = None
     protected: Tensor | None = None  # [B, L] bool: more tokens that must not leave (`protect`)
+    prompt: Tensor | None  # [k, d]: embeddings that are read before every text (set by `lead`)
     kept: tuple[Tensor, ...] = ()  # of the last prompt: positions [B, L] before each block and after the last
     output_type: type[ModelOutput]
 
@@ -83,6 +84,8 @@ class Backbone(nn.Module):
     ) -> Any:
         """Ids [B, L] or embeddings [B, L, d], of which none is known to be special → hidden states [B, L, d]."""
         read = cache_params is not None and cache_params.has_previous_state()
+        if self.prompt is not None and not read:
+            self._begin(self.prompt)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if self.select is None or read or (given is not None and not given.shape[1]):
             return super().forward(
@@ -106,6 +109,16 @@ class Backbone(nn.Module):
         hidden = self._reduced(hidden, positions, self._free(input_ids, positions), cache_params)
         found = self.output_type(last_hidden_state=hidden, cache_params=cache_params if use_cache else None)
         return found if return_dict is None or return_dict else found.to_tuple()
+
+    def _begin(self, prompt: Tensor) -> None:
+        """Lets every mixer start from what the prompt leaves behind: causal, it is as if it stood before the text."""
+        record, hidden, mixers = Record(), prompt[None], [block.mixer for block in cast(Any, self.layers)]
+        positions = torch.arange(len(prompt), device=prompt.device)[None]
+        for layer, mixer in enumerate(mixers):
+            mixer.start = None
+            output, residual = self._mix(layer, hidden, positions, cast(Cache, record), None)
+            hidden = residual + output
+            mixer.start = record.past(layer)  # it stays: blocks that are computed again in the backward need it
 
     def _free(self, ids: Tensor | None, positions: Tensor) -> Tensor:
         """Which tokens may leave [B, L]: neither padding, nor each row's last, nor special, nor protected."""
@@ -183,6 +196,12 @@ class Backbone(nn.Module):
             strides=strides,
         )
         return output, hidden.float() if block.residual_in_fp32 else hidden
+
+
+def lead(model: Any, kind: type[Backbone]) -> None:
+    """Gives a stock model our backbone: the same parameters under the same names."""
+    model.backbone.__class__ = kind
+    model.backbone.prompt = None  # of its own, for a class's None would hide the parameter that is put there
 
 
 @contextmanager

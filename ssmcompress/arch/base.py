@@ -2,28 +2,21 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any, Self, TypeGuard, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
 
-from ssmcompress import kernels
 from ssmcompress.arch.axis import Axis, Slice
-from ssmcompress.arch.padding import begun
-from ssmcompress.arch.scan import Scan
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.policy import KEY, WATCHING, TokenPolicy
 from ssmcompress.steps import SSM, WIDTH
 
-Taps = Callable[[str, Any], None]
-Offset = Callable[[Tensor], Tensor]
 BIAS = "mixer.out_proj.bias"
 ROTATION = ("mixer.rotation.B", "mixer.rotation.C")
-PORTS = ("offset", "initial_state", "initial_inputs")  # of a mixer: what may be learned there
 DECAYS = "A_log"  # what makes states remember, named beside modules that have a weight
 
 
@@ -298,83 +291,6 @@ class Arch(ABC):
         return parts[-1] == "bias" or any(part in self.fixed or part.startswith("norm") for part in parts)
 
 
-class Mixer(nn.Module):
-    """The ports of a mixer: unused they are None and cost nothing (see `adopt`)."""
-
-    layer_idx: int
-    activation: str
-    act: nn.Module
-    conv1d: nn.Conv1d
-    A_log: nn.Parameter
-    D: nn.Parameter
-    backend: kernels.Backend = kernels.AUTO
-    taps: Taps | None = None  # called with (module, its input) before each prunable module and a gated norm, and
-    # with ("scan", Scan)
-    offset: Offset | None  # C → what to add to the scan's output before the gate
-    initial_state: Tensor | None  # the state before the first token, broadcast over the batch
-    initial_inputs: Tensor | None  # [C, K-1]: what the convolution has read before it
-
-    def tap(self, module: str, seen: "Tensor | Scan") -> None:
-        """Shows the input of a module, or of the scan, to whoever watches."""
-        if self.taps is not None:
-            self.taps(module, seen)
-
-    def recall(self, cache: Cache | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
-        """What earlier tokens left behind: convolution inputs [B, C, K-1] and state, None where there were none."""
-        left = state = None
-        if cache is not None and cache.has_previous_state(self.layer_idx):
-            left = cast(Tensor, cache.get_conv_state(self.layer_idx))[..., 1 - self.conv1d.weight.shape[-1] :]
-            state = cache.get_recurrent_state(self.layer_idx)
-            if torch.is_grad_enabled():  # the cache changes in place what the backward still needs
-                state = state.clone()
-        if state is None and self.initial_state is not None:
-            state = self.initial_state.expand(batch, *self.initial_state.shape).clone()
-        return left, state
-
-    @staticmethod
-    def steps(state: Tensor | None, x: Tensor, cache: Cache | None) -> TypeGuard[Tensor]:
-        """Whether this is one token of decoding: the state may then change in place."""
-        return x.shape[1] == 1 and state is not None and cache is not None and not torch.is_grad_enabled()
-
-    def convolve(self, x: Tensor, left: Tensor | None, cache: Cache | None, mask: Tensor | None) -> Tensor:
-        """The short convolution and its activation: x [B, L, C] → [B, L, C]; the cache keeps the last inputs."""
-        silu = self.activation in ("silu", "swish")
-        if left is None and self.initial_inputs is not None:
-            x, left = begun(x, self.initial_inputs.to(x.dtype), mask)
-        y = self.backend.conv(x, self.conv1d.weight[:, 0], self.conv1d.bias, left, silu)
-        if cache is not None:  # only now: left is a view of what the cache holds
-            self._remember(cache, x, left, mask)
-        return y if silu else self.act(y)
-
-    def _remember(self, cache: Cache, x: Tensor, left: Tensor | None, mask: Tensor | None) -> None:
-        """Keeps each row's last K real convolution inputs of x [B, L, C], so that decoding goes on from them."""
-        kernel = self.conv1d.weight.shape[-1]
-        if x.shape[1] < kernel or mask is not None:
-            past = x.new_zeros(x.shape[0], kernel, x.shape[2])
-            if left is not None:
-                past[:, 1:] = left.transpose(1, 2)
-            x = torch.cat([past, x], dim=1)
-        if mask is not None:
-            real = torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask
-            ends = real.amax(1)
-            take = ends[:, None] + torch.arange(kernel, device=mask.device)
-            x = x.gather(1, take[..., None].expand(-1, -1, x.shape[2]))
-        cache.update_conv_state(x[:, -kernel:].transpose(1, 2), self.layer_idx, conv_kernel_size=kernel)
-
-
-def decay(A_log: Tensor) -> Tensor:
-    """A = -exp(A_log), in float32 at least."""
-    return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
-
-
-def adopt(blocks: nn.ModuleList, *kinds: type[Mixer]) -> None:
-    """Gives every block's mixer our forward, of the kind that it is of: the same parameters under the same names."""
-    for block in blocks:
-        block.mixer.__class__ = next(kind for kind in kinds if issubclass(kind, type(block.mixer)))
-        for port in PORTS:  # of its own, for a class's None would hide the parameter or module that is put there
-            setattr(block.mixer, port, None)
-
-
 def fill_buffers(model: nn.Module, device: str | torch.device) -> None:
     """Gives buffers that no file holds their values: the ones of the weightless norms of Falcon Mamba."""
     for module in model.modules():
@@ -386,14 +302,3 @@ def fill_buffers(model: nn.Module, device: str | torch.device) -> None:
 def shapes(module: nn.Module) -> dict[str, torch.Size]:
     """The shape of every parameter, by name."""
     return {name: parameter.shape for name, parameter in module.named_parameters()}
-
-
-def mixers(model: nn.Module) -> Iterator[Mixer]:
-    """Every mixer of a model, in order."""
-    return (module for module in model.modules() if isinstance(module, Mixer))
-
-
-def use_backend(model: nn.Module, backend: kernels.Backend) -> None:
-    """Lets every mixer run on this backend."""
-    for mixer in mixers(model):
-        mixer.backend = backend

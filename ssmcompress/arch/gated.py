@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ssmcompress.arch import modeling_ssmcompress as modeling
-from ssmcompress.arch.base import Mixer
+from ssmcompress.arch.mixer import Mixer
 from ssmcompress.arch.padding import real_positions, silence
 
 
@@ -24,12 +24,12 @@ class _GatedMixer(Mixer):
     ) -> Tensor:
         """Hidden states [B, L, d] → [B, L, d]; the cache, where given, is read and brought up to date."""
         mask = real_positions(attention_mask if padding is None else padding, hidden_states.shape[1])
-        left, _ = self.recall(cache_params, hidden_states.shape[0])
+        past = self.recall(cache_params, hidden_states.shape[0])
         self.tap("in_proj", hidden_states)
         x, z = self.halves(self.in_proj(hidden_states))
         x = silence(x, mask)
         self.tap("conv1d", x)
-        y = self.skip(self.convolve(x, left, cache_params, mask))
+        y = self.skip(self.convolve(x, past, cache_params, mask))
         if self.taps is not None and hasattr(self, "norm"):
             self.tap("norm", y * F.silu(z))
         y = self.gated(y, z)

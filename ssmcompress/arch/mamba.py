@@ -12,8 +12,9 @@ from transformers.models.falcon_mamba import modeling_falcon_mamba as stock_falc
 from transformers.models.mamba import modeling_mamba as stock
 
 from ssmcompress.arch.axis import Axis, Slice
-from ssmcompress.arch.backbone import Backbone
-from ssmcompress.arch.base import Arch, Mixer, adopt, decay
+from ssmcompress.arch.backbone import Backbone, lead
+from ssmcompress.arch.base import Arch
+from ssmcompress.arch.mixer import Mixer, adopt, decay
 from ssmcompress.arch.modeling_ssmcompress import PrunedMambaConfig
 from ssmcompress.arch.padding import hold, real_positions, silence
 from ssmcompress.arch.scan import Scan, stride
@@ -32,19 +33,18 @@ class _SelectiveMixer(Mixer):
     ) -> Tensor:
         """Hidden states [B, L, d] → [B, L, d]; the cache, where given, is read and brought up to date."""
         mask = real_positions(attention_mask, hidden_states.shape[1])
-        left, state = self.recall(cache_params, hidden_states.shape[0])
+        past = self.recall(cache_params, hidden_states.shape[0])
         self.tap("in_proj", hidden_states)
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         x = silence(x, mask)
         self.tap("conv1d", x)
-        x = silence(self.convolve(x, left, cache_params, mask), mask)
+        x = silence(self.convolve(x, past, cache_params, mask), mask)
         self.tap("x_proj", x)
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         dt, B, C = self._normalise(*self.x_proj(x).split(sizes, dim=-1))
         self.tap("dt_proj", dt)
         dt = hold(self._unbiased(dt), mask)
-        dt, B, _ = stride(dt, B, strides, cast(Tensor, self.dt_proj.bias))
-        y = self._scan(x, dt, B, C, z, state, cache_params)
+        y = self._scan(x, dt, B, C, z, past.state, cache_params, strides)
         self.tap("out_proj", y)
         return self.out_proj(y)
 
@@ -58,9 +58,21 @@ class _SelectiveMixer(Mixer):
         return dt, B, C
 
     def _scan(
-        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, state: Tensor | None, cache: Cache | None
+        self,
+        x: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        C: Tensor,
+        z: Tensor,
+        state: Tensor | None,
+        cache: Cache | None,
+        strides: Tensor | None,
     ) -> Tensor:
-        A = decay(self.A_log)
+        A, own = decay(self.A_log), C
+        if self.extra is not None:
+            A = self.extra.decays(A)
+            B, C, state = self.extra.beside(x, B, C, state)
+        dt, B, _ = stride(dt, B, strides, cast(Tensor, self.dt_proj.bias))
         self.tap("scan", Scan(x[..., None], dt, A, B[:, :, None], C[:, :, None], cast(Tensor, self.dt_proj.bias)))
         if self.steps(state, x, cache):
             y = self.backend.selective_step(
@@ -71,7 +83,7 @@ class _SelectiveMixer(Mixer):
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
         if self.offset is not None:
-            y = y + self.offset(C) * F.silu(z)
+            y = y + self.offset(own) * F.silu(z)
         return y
 
 
@@ -104,7 +116,7 @@ class MambaForCausalLM(stock.MambaForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         adopt(self.backbone.layers, MambaMixer)
-        self.backbone.__class__ = MambaModel
+        lead(self, MambaModel)
 
 
 class FalconMambaForCausalLM(stock_falcon.FalconMambaForCausalLM):
@@ -113,7 +125,7 @@ class FalconMambaForCausalLM(stock_falcon.FalconMambaForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         adopt(self.backbone.layers, FalconMambaMixer)
-        self.backbone.__class__ = FalconMambaModel
+        lead(self, FalconMambaModel)
 
 
 class Mamba(Arch):

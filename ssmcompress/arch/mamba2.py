@@ -11,8 +11,9 @@ from transformers.cache_utils import Cache
 from transformers.models.mamba2 import modeling_mamba2 as stock
 
 from ssmcompress.arch.axis import Axis, Slice
-from ssmcompress.arch.backbone import Backbone
-from ssmcompress.arch.base import ROTATION, Arch, Mixer, adopt, decay
+from ssmcompress.arch.backbone import Backbone, lead
+from ssmcompress.arch.base import ROTATION, Arch
+from ssmcompress.arch.mixer import Mixer, adopt, decay
 from ssmcompress.arch.modeling_ssmcompress import PrunedMamba2Config
 from ssmcompress.arch.padding import hold, real_positions, silence
 from ssmcompress.arch.scan import Scan, stride
@@ -34,14 +35,14 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
     ) -> Tensor:
         """Hidden states [B, L, d] → [B, L, d]; the cache, where given, is read and brought up to date."""
         mask = real_positions(attention_mask if padding is None else padding, hidden_states.shape[1])
-        left, state = self.recall(cache_params, hidden_states.shape[0])
+        past = self.recall(cache_params, hidden_states.shape[0])
         self.tap("in_proj", hidden_states)
         sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
         z, xBC, dt = self.in_proj(hidden_states).split(sizes, dim=-1)
         xBC = silence(xBC, mask)
         self.tap("conv1d", xBC)
-        xBC = silence(self.convolve(xBC, left, cache_params, mask), mask)
-        y = self._scan(xBC, hold(dt, mask), state, cache_params, strides)
+        xBC = silence(self.convolve(xBC, past, cache_params, mask), mask)
+        y = self._scan(xBC, hold(dt, mask), past.state, cache_params, strides)
         if self.taps is not None:
             self.tap("norm", y * F.silu(z))
         y = self.norm(y, z)
@@ -56,7 +57,9 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
         x, B, C = xBC.split([self.intermediate_size, grouped, grouped], dim=-1)
         x = x.view(batch, length, self.num_heads, self.head_dim)
         B, C = self._basis(*(t.view(batch, length, self.n_groups, self.ssm_state_size) for t in (B, C)))
-        A = decay(self.A_log)
+        A, own = decay(self.A_log), C
+        if self.extra is not None:
+            B, C, state = self.extra.beside(x.flatten(2), B, C, state)
         dt, B, limit = stride(dt, B, strides, self.dt_bias, cast(tuple[float, float], tuple(self.time_step_limit)))
         self.tap("scan", Scan(x, dt, A[:, None], B, C, self.dt_bias, limit))
         if self.steps(state, x, cache):
@@ -68,7 +71,7 @@ class Mamba2Mixer(Mixer, stock.Mamba2Mixer):
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
         if self.offset is not None:
-            y = y + self.offset(C)
+            y = y + self.offset(own)
         return y.reshape(batch, length, self.intermediate_size)
 
     def _basis(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +95,7 @@ class Mamba2ForCausalLM(stock.Mamba2ForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         adopt(self.backbone.layers, Mamba2Mixer)
-        self.backbone.__class__ = Mamba2Model
+        lead(self, Mamba2Model)
 
 
 class Mamba2(Arch):

@@ -7,10 +7,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmcompress.arch import modeling_ssmcompress as modeling
-from ssmcompress.arch.base import Arch, adopt
+from ssmcompress.arch.backbone import lead
+from ssmcompress.arch.base import Arch
 from ssmcompress.arch.gated import GatedMixer, GatedMixer2
 from ssmcompress.arch.mamba import Mamba, MambaMixer, MambaModel
 from ssmcompress.arch.mamba2 import Mamba2, Mamba2Mixer, Mamba2Model
+from ssmcompress.arch.mixer import adopt
 from ssmcompress.steps import GROUP
 
 CODE = Path(modeling.__file__)  # what must lie beside the weights, so that they load without this package
@@ -28,7 +30,7 @@ class PrunedMambaForCausalLM(modeling.PrunedMambaForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         adopt(self.backbone.layers, MambaMixer, GatedMixer)
-        self.backbone.__class__ = MambaModel
+        lead(self, MambaModel)
 
 
 class MergedMamba2Mixer(Mamba2Mixer, modeling.MergedMamba2Mixer):
@@ -48,7 +50,7 @@ class PrunedMamba2ForCausalLM(modeling.PrunedMamba2ForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         adopt(self.backbone.layers, Mamba2Mixer, MergedMamba2Mixer, RotatedMamba2Mixer, GatedMixer2)
-        self.backbone.__class__ = Mamba2Model
+        lead(self, Mamba2Model)
 
 
 class _Pruned(Arch):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.axis import Axis
-from ssmcompress.arch.base import BIAS, ROTATION, Arch, mixers, use_backend
+from ssmcompress.arch.base import BIAS, ROTATION, Arch
+from ssmcompress.arch.mixer import mixers, use_backend
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.edits import Add, Edit, Keep, Mask, Reduce, Replace
 from ssmcompress.errors import InputError, UnsupportedError

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ssmcompress.arch.base import Mixer, Taps
+from ssmcompress.arch.mixer import Mixer, Taps
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ssmcompress.arch.base import Arch, Mixer
+from ssmcompress.arch.base import Arch
+from ssmcompress.arch.mixer import Mixer
 from ssmcompress.calib.stats import Statistic
 from ssmcompress.calib.taps import observe
 from ssmcompress.errors import UnsupportedError

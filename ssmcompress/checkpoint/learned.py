@@ -1,7 +1,8 @@
 """Adapters in state space (`arch.tunable`): what a method learned in the ports of a model, or of its weights."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,16 +21,45 @@ def kind(method: str) -> str:
 
 
 METHODS = {kind(method): method for method in TUNABLE}
+SIZES = {  # where a method, or a form, keeps how much it learned: under PEFT's names where it has some
+    "low-rank": "r",
+    "additional-scan": "states",
+    "prefix": "num_virtual_tokens",
+    "prompt": "num_virtual_tokens",
+}
+Count = Annotated[int, Field(gt=0)]
 
 
 class Learned(BaseModel):
-    """What such an adapter's config says of its tensors; `r` is the rank of a form that is low-rank."""
+    """What such an adapter's config says of its tensors."""
 
     model_config = ConfigDict(extra="ignore")
 
     peft_type: str
     form: Literal["full", "low-rank", "per-head"] = "full"
-    r: int | None = Field(default=None, gt=0)
+    r: Count | None = None
+    states: Count | None = None
+    num_virtual_tokens: Count | None = None
+
+    @classmethod
+    def of(cls, method: str, form: str, size: int | None) -> dict[str, Any]:
+        """The config of an adapter."""
+        key = _size_key(method, form)
+        return {"peft_type": kind(method), "form": form} | ({key: size} if key else {})
+
+    def size(self, path: Path) -> int | None:
+        """The rank, the states or the tokens; InputError where there is none, or another than it takes."""
+        key = _size_key(METHODS[self.peft_type], self.form)
+        given = {other: getattr(self, other) for other in sorted({*SIZES.values()})}
+        if {other for other, value in given.items() if value is not None} != ({key} if key else set()):
+            told = ", ".join(f"{other} as {value}" for other, value in given.items())
+            wanted = f"{key} alone" if key else "none of them"
+            raise InputError(f"{path} gives {told}; {self.peft_type} in the form {self.form} has {wanted}.", hint=GIVE)
+        return given[key] if key else None
+
+
+def _size_key(method: str, form: str) -> str | None:
+    return SIZES.get(method if form == "full" else form)
 
 
 @torch.no_grad()
@@ -41,12 +71,10 @@ def put(model: PreTrainedModel, arch: Arch, config: Mapping[str, Any], weights: 
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path}: {first['loc'][0]}: {first['msg']}.", hint=GIVE) from None
-    if (said.form == "low-rank") != (said.r is not None):
-        raise InputError(f"{path} gives form as {said.form!r} and r as {said.r}; a rank is for low-rank.", hint=GIVE)
+    size = said.size(path)
     require_layers(weights, arch, hint)
-    places = {
-        PREFIX + name: place for name, place in install(model, arch, METHODS[said.peft_type], said.form, said.r).items()
-    }
+    learned = install(model, arch, METHODS[said.peft_type], said.form, size)
+    places = {PREFIX + name: place for name, place in learned.items()}
     require_match(weights, places, places, hint)
     for name, place in places.items():
         place.copy_(weights.finite(name))

@@ -20,7 +20,8 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from ssmcompress import kernels, reference
-from ssmcompress.arch.base import Arch, use_backend
+from ssmcompress.arch.base import Arch
+from ssmcompress.arch.mixer import use_backend
 from ssmcompress.arch.registry import arch_for, family
 from ssmcompress.checkpoint import hub, layout
 from ssmcompress.checkpoint.adapter import Adapter, Given, attach, find_all

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ssmcompress.arch.base import mixers
+from ssmcompress.arch.mixer import mixers
 from ssmcompress.checkpoint.adapter import Given, find_all
 from ssmcompress.checkpoint.manifest import describe, versions
 from ssmcompress.checkpoint.output import RESULTS, output

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmcompress.arch.base import mixers
+from ssmcompress.arch.mixer import mixers
 from ssmcompress.checkpoint.source import Checkpoint, load
 from ssmcompress.errors import ResourceError
 

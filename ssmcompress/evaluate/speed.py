@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from scipy import stats
 from torch import nn
 
-from ssmcompress.arch.base import Arch, mixers
+from ssmcompress.arch.base import Arch
+from ssmcompress.arch.mixer import mixers
 from ssmcompress.checkpoint.source import Checkpoint
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate.peak import decode, first_token, in_memory, peak, prefill

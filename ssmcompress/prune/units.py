@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.axis import Axis, Slice
-from ssmcompress.arch.base import BIAS, ROTATION, Arch, fill_buffers, mixers, use_backend
+from ssmcompress.arch.base import BIAS, ROTATION, Arch, fill_buffers
+from ssmcompress.arch.mixer import mixers, use_backend
 from ssmcompress.arch.surgery import Surgery, removed
 from ssmcompress.calib.states import Gramians, States, StatesInTime
 from ssmcompress.calib.stats import Activity, Spread, SquaredSum, Statistic

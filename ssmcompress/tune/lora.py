@@ -26,7 +26,7 @@ def wrap(model: nn.Module, arch: Arch, step: TuneState) -> tuple[dict[str, nn.Pa
                 hint=f"Choose among {', '.join(arch.projections)}.",
             )
     targets = [name for name in arch.projections if not step.targets or name in step.targets]
-    rank = step.ranked
+    rank = step.size
     config = {"r": rank, "lora_alpha": step.alpha or rank, "target_modules": targets, "lora_dropout": 0.0}
     peft = package()
     # without a config, for PEFT refuses out_proj of Mamba models, whose fused kernels read past a wrapper

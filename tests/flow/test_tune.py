@@ -70,7 +70,7 @@ def test_the_folder_holds_an_adapter_that_changes_the_model(data: Path, tmp_path
     ]
 
 
-@pytest.mark.parametrize("method", ["state-offset", "conv-state", "bitfit", "lora", "full"])
+@pytest.mark.parametrize("method", ["state-offset", "conv-state", "prefix", "prompt", "bitfit", "lora", "full"])
 def test_the_same_run_writes_the_same_bytes(data: Path, tmp_path: Path, method: str) -> None:
     first, second = (tuned(data, tmp_path / name, method=method, steps=2) for name in ("a", "b"))
     for name in ("adapter_config.json", "adapter_model.safetensors", "tuning.json", "recipe.yaml"):
@@ -104,8 +104,9 @@ def test_lora_has_the_parameters_that_are_known(rank: int, targets: tuple[str, .
         assert sum(each.numel() for each in learned.values()) == count
 
 
-def test_eval_generate_and_report_take_it(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out = tuned(data, tmp_path / "a", method="initial-state")
+@pytest.mark.parametrize("method", ["initial-state", "prefix", "prompt", "additional-scan"])
+def test_eval_and_generate_take_it(data: Path, tmp_path: Path, method: str) -> None:
+    out = tuned(data, tmp_path / "a", method=method)
     summary = ssmcompress.evaluate("ref:mamba", adapter=out, recall=True, out=tmp_path / "results")
     assert summary.adapter == "a"
     found = ssmcompress.generate("ref:mamba", adapter=out, prompt="The red house is", max_new_tokens=4)
@@ -154,9 +155,11 @@ def test_an_adapter_of_another_model_says_what_differs(data: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"form": "low-rank"}, "a rank is for low-rank"),
+        ({"form": "low-rank"}, "r as None, .* in the form low-rank has r alone"),
         ({"form": "round"}, "form: "),
-        ({"r": 2}, "a rank is for low-rank"),
+        ({"r": 2}, "r as 2, .* in the form full has none of them"),
+        ({"peft_type": "PREFIX"}, "num_virtual_tokens as None, .* has num_virtual_tokens alone"),
+        ({"peft_type": "ADDITIONAL_SCAN", "states": 0}, "states: "),
         ({"peft_type": "STATE_OFSET"}, "STATE_OFSET"),
         ({"peft_type": "OUTPUT_OFFSET"}, "lacks .*output"),
     ],
@@ -173,7 +176,8 @@ def test_a_damaged_config_is_named(data: Path, tmp_path: Path, change: dict[str,
     ("options", "kind", "words"),
     [
         ({"method": "state-ofset"}, RecipeError, "did you mean 'state-offset'"),
-        ({"rank": 2}, RecipeError, "rank is for the method lora and the form low-rank"),
+        ({"rank": 2}, RecipeError, "rank has no meaning with the method state-offset: it is for lora, low-rank"),
+        ({"method": "prefix", "states": 2}, RecipeError, "states has no meaning .*: it is for additional-scan"),
         ({"method": "lora", "form": "full"}, RecipeError, "form has no meaning with the method lora"),
         ({"method": "bitfit", "targets": ("in_proj",)}, RecipeError, "targets has no meaning"),
         ({"teacher": "ref:mamba"}, RecipeError, "no meaning without the objective distill"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssmcompress import kernels
-from ssmcompress.arch.base import mixers, use_backend
+from ssmcompress.arch.mixer import mixers, use_backend
 from ssmcompress.edits import Forget, apply
 from tests.unit.arch import models
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from ssmcompress import kernels
-from ssmcompress.arch.base import DECAYS, mixers, use_backend
+from ssmcompress.arch.base import DECAYS
+from ssmcompress.arch.mixer import Past, mixers, use_backend
 from tests.unit.arch import models
 
 ALL = list(models.ALL)
@@ -110,7 +111,8 @@ def test_initial_state_equals_going_on_from_there(name):
 def _with_convolution(cache, mixer):
     def recall(_cache, batch):
         state = mixer.initial_state
-        return cache.layers[mixer.layer_idx].conv_states[0][..., 1:], None if state is None else state[None]
+        inputs = cache.layers[mixer.layer_idx].conv_states[0][..., 1:]
+        return Past(inputs, None if state is None else state[None], begins=False)
 
     return recall
 

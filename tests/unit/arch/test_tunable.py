@@ -8,22 +8,23 @@ import torch.nn.functional as F
 from transformers import Mamba2Config, MambaConfig
 
 from ssmcompress import kernels
-from ssmcompress.arch.base import mixers, use_backend
+from ssmcompress.arch.mixer import mixers, use_backend
 from ssmcompress.arch.registry import arch_for
-from ssmcompress.arch.tunable import TUNABLE, install
+from ssmcompress.arch.tunable import DRAWN, TUNABLE, install
 from ssmcompress.errors import UnsupportedError
 from tests.unit.arch import models
 
 ALL = list(models.ALL)
 HEADS = [name for name in ALL if "mamba2" in name]
 FORMS = {"full": None, "low-rank": 2, "per-head": None}
-PORTS = [method for method, tunable in TUNABLE.items() if tunable.fill is not None]
+SIZES = {"additional-scan": 3, "prefix": 2, "prompt": 3}
+PORTS = [method for method, tunable in TUNABLE.items() if not (tunable.weights or tunable.whole)]
 
 
 def adapted(name, method, form="full", scale=0.3):
     """A model with something learned in it, and its tensors."""
     model = models.ours(name)
-    learned = install(model, arch_for(model.config), method, form, FORMS[form])
+    learned = install(model, arch_for(model.config), method, form, SIZES.get(method, FORMS[form]))
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in learned.values():
@@ -46,12 +47,64 @@ def logits(model, ids, **options):
     return model(ids, use_cache=False, **options).logits
 
 
-@pytest.mark.parametrize(("name", "method", "form"), cases(TUNABLE))
+@pytest.mark.parametrize(
+    ("name", "method", "form"), cases(method for method in TUNABLE if method not in (*DRAWN, "additional-scan"))
+)
 def test_at_first_it_changes_no_bit(name, method, form):
     model, ids = models.ours(name), models.tokens(2, 23)
     expected = logits(model, ids)
     install(model, arch_for(model.config), method, form, FORMS[form])
     assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_more_states_are_not_read_at_first(name):
+    model, ids = models.ours(name), models.tokens(2, 23)
+    expected = logits(model, ids)
+    install(model, arch_for(model.config), "additional-scan", size=3)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_a_prompt_is_read_as_if_it_stood_before_the_text(name):
+    model, ids = models.ours(name), models.tokens(2, 11)
+    install(model, arch_for(model.config), "prompt", size=4)
+    prompt, model.backbone.prompt = model.backbone.prompt, None
+    whole = torch.cat([prompt.expand(2, -1, -1), model.backbone.embeddings(ids)], 1)
+    expected = model(inputs_embeds=whole, use_cache=False).logits[:, 4:]
+    model.backbone.prompt = prompt
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_a_prefix_is_what_a_mixer_reads_before_its_input(name):
+    model, _ = adapted(name, "prefix")
+    mixer = next(mixers(model))
+    x = torch.randn(2, 7, mixer.in_proj.in_features, generator=torch.Generator().manual_seed(1))
+    found, prefix, mixer.prefix = mixer(x), mixer.prefix, None
+    expected = mixer(torch.cat([prefix.expand(2, -1, -1), x], 1))[:, 2:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_what_stands_before_a_text_stands_in_a_row(name):
+    """A prompt begins after prefixes, and both after the initial state."""
+    model, ids = models.ours(name), models.tokens(1, 9)
+    arch = arch_for(model.config)
+    for method in ("prompt", "prefix", "initial-state"):
+        for parameter in install(model, arch, method, size=3).values():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    prompt = model.backbone.prompt
+    whole = torch.cat([prompt[None], model.backbone.embeddings(ids)], 1)
+    found = logits(model, ids)
+    model.backbone.prompt = None
+    for mixer in mixers(model):
+        mixer.start = None
+    expected = model(inputs_embeds=whole, use_cache=False).logits[:, 3:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def read_out(seen, mixer, z):
@@ -167,6 +220,7 @@ COUNTS = {
     ("state-offset", "low-rank", 1): (37_248, 197_376),
     ("initial-state", "full", None): (589_824, 3_145_728),
     ("conv-state", "full", None): (110_592, 589_824),
+    ("additional-scan", "full", 8): (884_736, 4_718_592),
     ("a-log", "full", None): (589_824, 3_145_728),
     ("bitfit", "full", None): (73_728, 393_216),
     ("full", "full", None): (129_135_360, 1_372_178_432),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssmcompress.arch.base import mixers
+from ssmcompress.arch.mixer import mixers
 from ssmcompress.calib.states import DecaysInTime, EntriesInTime, States, StatesInTime
 from ssmcompress.calib.taps import observe
 from tests.unit.arch import models

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from ssmcompress.arch.base import mixers
+from ssmcompress.arch.mixer import mixers
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.calib.stats import Hessian, SquaredSum
 from ssmcompress.calib.walk import Walk

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ssmcompress.arch.base import mixers
+from ssmcompress.arch.mixer import mixers
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.calib.states import DecaysInTime
 from ssmcompress.calib.taps import observe

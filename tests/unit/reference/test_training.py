@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Mamba2Config, MambaConfig
 
-from ssmcompress.arch.base import use_backend
+from ssmcompress.arch.mixer import use_backend
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.kernels import cpu
 from ssmcompress.measure.exercises import Vocabulary

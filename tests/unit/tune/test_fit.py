@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ssmcompress.arch.registry import arch_for
-from ssmcompress.arch.tunable import TUNABLE, install
+from ssmcompress.arch.tunable import DRAWN, TUNABLE, install
 from ssmcompress.errors import InputError, SsmcompressError
 from ssmcompress.events import Advance, ignore
 from ssmcompress.tune.examples import Example
@@ -50,7 +50,7 @@ def learning(name, step, seed=0):
     torch.manual_seed(seed)
     if step.method == "lora":
         return model, wrap(model, arch, step)[0]
-    return model, install(model, arch, step.method, step.form or "full", step.ranked)
+    return model, install(model, arch, step.method, step.form or "full", step.size)
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def test_every_method_learns_and_nothing_else_moves(tmp_path, name, method):
     before = -sum(nats for nats, _ in score(dense, TRAIN, 4)) / 120
     model, learned, course = run(name, step, tmp_path / "store", valid=TRAIN)
     assert [at for at, _ in course.validation] == [0, 3, 6]
-    assert course.validation[0][1] == pytest.approx(before, rel=1e-5)
+    assert course.validation[0][1] == pytest.approx(before, rel=0.1 if method in DRAWN else 1e-5)
     assert course.best > 0 and dict(course.validation)[course.best] < before
     after = -sum(nats for nats, _ in score(model, TRAIN, 4)) / 120
     assert after == pytest.approx(dict(course.validation)[course.best], rel=1e-4)
