@@ -38,7 +38,7 @@ WAYS = {
     "half of the channels": "prune/channels-50",
     "half of the heads": "prune/heads-50",
     "half of the scans": "prune/scans-50",
-    "three quarters of the layers": "prune/layers-75",
+    "four of six layers": "prune/layers-75",
 }
 CONTESTS = (
     ("magnitude 50 %", "WANDA 50 %"),

@@ -88,7 +88,8 @@ class Forecast:
     """What steps would leave: which shapes, and the share of each tensor's entries that is not set to zero.
 
     `memory` is the share of the entries of each A_log that is not made memoryless. Layers will differ on the axes
-    `apart`, nothing says yet how: there the shapes are as even as can be, or those of the first layers.
+    `apart`, nothing says yet how: there the shapes are as even as can be, or those of the first layers. `alike` says
+    whether a unit weighs the same in every layer of the source.
     """
 
     surgery: Surgery
@@ -97,6 +98,7 @@ class Forecast:
     anew: frozenset[str] = frozenset()  # tensors whose new values fill zeros that were there
     memory: dict[str, float] = field(default_factory=dict)
     apart: frozenset[str] = frozenset()
+    alike: bool = True
 
     @property
     def stock(self) -> bool:
@@ -106,7 +108,7 @@ class Forecast:
     @property
     def exact(self) -> bool:
         """Whether any choice of units leaves as much: a single step that shares out units counts them all."""
-        return not self.apart or (len(self.sizes) == 1 and self.sizes[0].open)
+        return not self.apart or (self.alike and len(self.sizes) == 1 and self.sizes[0].open)
 
     def zeros(self, shapes: Mapping[str, torch.Size], before: Mapping[str, int]) -> dict[str, int]:
         """The zeros of every tensor, by new name, at least: those there, which masks may choose again, or theirs."""
@@ -139,7 +141,7 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
             sizes.append(change := sized(surgery.arch, step, left, apart))
             if change.after < change.before:
                 apart |= {step.axis} if change.open else unlike(surgery.arch, step.axis)
-            cut = outline(surgery.arch, step, change.layers or change.after)
+            cut = outline(surgery.arch, step, change.layers or change.after, left)
             units = editing.compose(units, [surgery.lift(edit, weights.shapes) for edit in cut])
             for name in renewed(surgery.arch, step):
                 kept.pop(names[name], None)
@@ -152,7 +154,8 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
                 told[names[name]] = min(share, told.get(names[name], 1.0))
                 filled = step.method == "sparsegpt" or module == DECAYS
                 anew |= {names[name]} if filled and share < 1 else set()
-    found = Forecast(Surgery(arch, units), kept, tuple(sizes), frozenset(anew), memory, frozenset(apart))
+    alike = all(sizes == arch.sizes[0] for sizes in arch.sizes)
+    found = Forecast(Surgery(arch, units), kept, tuple(sizes), frozenset(anew), memory, frozenset(apart), alike)
     if any(isinstance(step, Cut) and step.stock_only for step in steps) and not found.stock:
         hint = "Without --stock-only the output brings a modeling file that says them."
         raise UnsupportedError("No config of transformers says the sizes that would be left.", hint=hint)

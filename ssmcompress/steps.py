@@ -23,7 +23,7 @@ METHODS = {  # of each axis, the usual one first
     "head": UNITS,
     "head_channel": UNITS,
     "group": ("merge", "taylor", "magnitude", "random"),
-    "width": ("minitron", "taylor", "magnitude", "random"),
+    "width": ("taylor", "minitron", "magnitude", "random"),
     "ssm": ("shedder", "similarity", "random"),
     "layer": ("shedder", "similarity", "random"),
 }

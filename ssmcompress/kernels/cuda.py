@@ -5,11 +5,13 @@ from functools import cache
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmcompress.kernels import reference
 
 SPAN = 64
+ALIGNED = 8  # entries: of what causal_conv1d wants its channels and the steps between tokens to be multiples
 PACKAGES = {
     "mamba_ssm.ops.selective_scan_interface": "mamba-ssm",
     "mamba_ssm.ops.triton.selective_state_update": "mamba-ssm",
@@ -39,16 +41,22 @@ def conv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, left: Tensor | None = None, silu: bool = True
 ) -> Tensor:
     """Causal depthwise convolution, then SiLU (:func:`reference.conv`), by causal_conv1d_fn."""
-    activation = "silu" if silu else None
+    channels, lacking = x.shape[2], -x.shape[2] % ALIGNED
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    states = None
-    if left is not None:
-        # the kernel wants its initial states channels last
-        states = left.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    left = None if left is None else left.to(x.dtype).transpose(1, 2)
+    if lacking:
+        x, weight = F.pad(x, (0, lacking)), F.pad(weight, (0, 0, 0, lacking))
+        bias, left = (None if each is None else F.pad(each, (0, lacking)) for each in (bias, left))
+    if any(stride % ALIGNED for stride in x.stride()[:2]):  # x is a part of what a cut in_proj gives
+        x = x.contiguous()
     y = _module("causal_conv1d").causal_conv1d_fn(
-        x.transpose(1, 2), weight, bias, initial_states=states, activation=activation
+        x.transpose(1, 2),
+        weight,
+        bias,
+        initial_states=None if left is None else left.contiguous().transpose(1, 2),
+        activation="silu" if silu else None,
     )
-    return y.transpose(1, 2)
+    return y.transpose(1, 2)[..., :channels]
 
 
 def selective_scan(

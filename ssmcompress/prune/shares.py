@@ -33,10 +33,16 @@ def sized(arch: Arch, step: Cut, weights: Weights, apart: Container[str] = ()) -
     """
     require_form(arch, step)
     if step.reach == "model":
-        return _of_model(arch, step, weights)
-    if step.reach and (step.axis in apart or len({*_before(arch, step)} - {0}) > 1):
-        return _of_each(arch, step)
-    return size(arch, step, weights)
+        found = _of_model(arch, step, weights)
+    elif step.reach and (step.axis in apart or len({*_before(arch, step)} - {0}) > 1):
+        found = _of_each(arch, step)
+    else:
+        found = size(arch, step, weights)
+    if step.rotates and found.after == found.before:
+        raise UnsupportedError(
+            "All states stay: rotated, they would only need two more matrices.", hint="Keep fewer (--keep 0.5)."
+        )
+    return found
 
 
 def shared_out(arch: Arch, step: Cut, weights: Weights, scores: Sequence[Tensor] | None = None) -> list[int]:
@@ -59,9 +65,9 @@ def shared_out(arch: Arch, step: Cut, weights: Weights, scores: Sequence[Tensor]
     kind, bound, relative = budget(step.target)
 
     def amount(after: list[int]) -> int:
-        return figures(Surgery(arch, outline(arch, step, after)), weights).of(kind)
+        return figures(Surgery(arch, outline(arch, step, after, weights)), weights).of(kind)
 
-    whole, smallest = amount(before), amount(least)
+    whole, smallest = figures(Surgery(arch, ()), weights).of(kind), amount(least)
     if smallest > (most := bound * whole if relative else bound):
         raise UnsupportedError(
             f"{step.target} is out of reach of the axis {step.axis}: {max(least)} a layer leave {smallest:,}.",
@@ -95,9 +101,10 @@ def _of_each(arch: Arch, step: Cut) -> Size:
     if step.target is not None or keep > 1:
         some = [units for units in before if units]
         spread = f"{min(some)} to {max(some)}" if min(some) < max(some) else "different numbers of"
+        near = f"--keep {keep / max(some):.2g}" if 1 < keep < max(some) else "--keep 0.5"
         raise UnsupportedError(
             f"The layers have {spread} {step.axis}s; one size for all is not chosen among those.",
-            hint="Say a share of each (--keep 0.5), or --scope model.",
+            hint=f"Say a share of each ({near}), or --scope model.",
         )
     layers = [
         min(sizes, key=lambda each: (abs(each - keep * units), each))

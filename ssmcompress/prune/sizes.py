@@ -209,8 +209,11 @@ def require_form(arch: Arch, step: Cut) -> None:
         raise UnsupportedError("No config of transformers says what the step would add.", hint=hint)
 
 
-def outline(arch: Arch, step: Cut, after: int | Sequence[int]) -> list[Edit]:
-    """Edits of the shapes that any choice of units has: they keep the first of each layer, of every group alike."""
+def outline(arch: Arch, step: Cut, after: int | Sequence[int], weights: Weights | None = None) -> list[Edit]:
+    """Edits of the shapes that any choice of units has: they keep the first of each layer, of every group alike.
+
+    With the weights, what is added has as many bytes an entry as it will be stored in.
+    """
     if step.axis in (LAYER, SSM):
         there = units(arch, step.axis)
         return [Keep(step.axis, None, there & (there.cumsum(0) <= after))]
@@ -226,7 +229,10 @@ def outline(arch: Arch, step: Cut, after: int | Sequence[int]) -> list[Edit]:
             found.append(Keep(step.axis, layer, there.repeat(runs)))
         for name in (name for name in news if name in places):
             shape = [size if dim is None else dim if isinstance(dim, int) else sizes[dim] for dim in places[name]]
-            found.append(Add(arch.prefix(layer) + name, torch.empty(shape, device="meta")))
+            like = arch.prefix(layer) + "mixer.out_proj.weight"  # whose dtype a bias has
+            wide = weights is None or name != BIAS or weights.itemsize[like] == torch.float32.itemsize
+            dtype = torch.float32 if wide else torch.bfloat16
+            found.append(Add(arch.prefix(layer) + name, torch.empty(shape, device="meta", dtype=dtype)))
     return found
 
 
@@ -258,12 +264,12 @@ def _within(arch: Arch, step: Cut, sizes: list[int], weights: Weights) -> int:
     kind, bound, share = budget(step.target or "")
 
     def amount(after: int) -> int:
-        return figures(Surgery(arch, outline(arch, step, after)), weights).of(kind)
+        return figures(Surgery(arch, outline(arch, step, after, weights)), weights).of(kind)
 
-    most = bound * amount(sizes[-1]) if share else bound
-    index = bisect_right(sizes, most, key=amount)
+    whole = figures(Surgery(arch, ()), weights).of(kind)  # before the step adds anything
+    index = bisect_right(sizes, bound * whole if share else bound, key=amount)
     if not index:
-        least, whole = amount(sizes[0]), amount(sizes[-1])
+        least = amount(sizes[0])
         raise UnsupportedError(
             f"{step.target} is out of reach of the axis {step.axis}: {sizes[0]} of {sizes[-1]} leave {least:,}.",
             hint=f"The least is {kind}={-(-least * 100 // whole)}%.",
@@ -275,9 +281,14 @@ def _impossible(arch: Arch, step: Cut, before: int, wanted: float, sizes: list[i
     below = max((each for each in sizes if each < wanted), default=sizes[0])
     above = min((each for each in sizes if each > wanted), default=sizes[-1])
     near = " or ".join(f"{each} (--keep {each / before:.4g})" for each in sorted({below, above}))
-    outside = wanted > before or wanted < 1
-    reason = f"there are {before}" if wanted > before else "at least one must" if wanted < 1 else why(arch, step, sizes)
-    forced = "" if outside or step.axis in ("head", GROUP, SSM, LAYER) else " Or say --any-size."
+    freer = possible(arch, step.model_copy(update={"any_size": True}), before)
+    if wanted > before:
+        reason = f"there are {before}"
+    elif wanted != int(wanted) and wanted == step.keep:
+        reason = "units are whole"
+    else:
+        reason = "at least one must" if wanted < 1 else why(arch, step, sizes)
+    forced = " Or say --any-size." if wanted in freer else ""
     return UnsupportedError(
         f"{wanted:g} of {before} {step.axis}s cannot stay: {reason}.", hint=f"The nearest possible: {near}.{forced}"
     )

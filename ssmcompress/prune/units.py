@@ -240,46 +240,57 @@ class Scorer:
         return found / found.sum().clamp_min(torch.finfo(found.dtype).tiny)
 
     def _magnitude(self) -> Tensor:
+        """The sum of the squared weights that are a unit's own."""
         names = {f"mixer.{module}.weight" for module in self.arch.prunable} & self.axis.tensors
         return self._owned({name: scores.magnitude(self._tensor(name)).square() for name in names})
 
     def _taylor(self) -> Tensor:
+        """The sum of their squares times their squared gradients (the diagonal Fisher of the calibration text)."""
         prefix = self.arch.prefix(self.layer)
         return self._owned(
             {name: scores.taylor(self._tensor(name), self.fisher[prefix + name]) for name in self.axis.tensors}
         )
 
     def _random(self) -> Tensor:
+        """A draw of its own in every layer: a control."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.layer)
         return torch.rand(self.axis.size, generator=generator)
 
     def _minitron(self) -> Tensor:
+        """The norm of what a unit gives out, before the convolution (Minitron-SSM, Taghibakhshi et al., 2025)."""
         return self._inputs("conv1d", self.statistics["conv1d"].norm.square()).sqrt()
 
     def _flap(self) -> Tensor:
+        """How much the inputs of out_proj fluctuate, times its weights (FLAP, An et al., 2024)."""
         return self._inputs("out_proj", self._fluctuation())
 
     def _fluctuation(self) -> Tensor:
         return scores.flap(self._tensor("mixer.out_proj.weight"), self.statistics["out_proj"].variance)
 
     def _wanda(self) -> Tensor:
+        """The norm of a step-size rank's inputs, times its weights (WANDA, Sun et al., 2024)."""
         weight = self._tensor("mixer.dt_proj.weight")
         return self._inputs("dt_proj", scores.wanda(weight, self.statistics["dt_proj"].norm).square().sum(0))
 
     def _joint(self) -> Tensor:
+        """E[C² h²]: what a state adds to the output, over the calibration text."""
         return self.statistics["scan"].joint.sum(0)
 
     def _ghost(self) -> Tensor:
+        """E[h²] E[C²]: how full a state is, and how much it is read (GHOST)."""
         return (self.statistics["scan"].energy * self.statistics["scan"].readout).sum(0)
 
     def _rotate(self) -> Tensor:
+        """The Hankel values of the best basis (balanced truncation): what `prune.rotate` keeps of it."""
         return worths(*self.statistics["scan"].moments).cpu()
 
     def _sparsessm(self) -> Tensor:
+        """How many tokens would drop a state first, by h² (SparseSSM, Tuo and Wang, 2025), in its structured form."""
         gone = self.axis.size - self.after
         return scores.votes(self.statistics["scan"].total.cpu(), lambda saliency: masks.lowest(saliency, gone))
 
     def _last(self) -> Tensor:
+        """The H∞ norm of each state's path from input to output, at the usual step (LAST, Gwak et al., 2024)."""
         cuts = [part for part in self.axis.slices if part.tensor in ("mixer.x_proj.weight", "mixer.in_proj.weight")]
         B, C = (self._tensor(part.tensor)[_indices(self.axis, part)].transpose(0, 1) for part in cuts)
         mixer = cast(Any, self.block.mixer)

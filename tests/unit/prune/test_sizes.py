@@ -6,6 +6,7 @@ import torch
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.errors import UnsupportedError
+from ssmcompress.prune.shares import sized
 from ssmcompress.prune.sizes import Weights, best, figures, outline, possible, size
 from ssmcompress.steps import Cut
 from tests.unit.arch.models import ALL, CONFIGS
@@ -122,12 +123,56 @@ def test_a_share_between_sizes_goes_to_the_nearest_and_says_why():
             "8 (--keep 1).",
         ),
         ("mamba", {"axis": "state", "target": "params=10%"}, "out of reach of the axis state", "The least is params="),
+        ("mamba", {"axis": "channel", "keep": 1.5}, "units are whole", "8 (--keep 0.125)."),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_nearest(name, step, message, hint):
     with pytest.raises(UnsupportedError) as refused:
         found(name, **step)
     assert message in refused.value.message and hint in refused.value.hint
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize(
+    "step", [{"axis": "head", "correct": "bias"}, {"axis": "state", "method": "rotate"}], ids=["bias", "rotation"]
+)
+def test_a_share_is_one_of_the_model_as_it_was(step, scope):
+    """What a step adds counts against it."""
+    arch, known = arch_for(CONFIGS["mamba2"]), weights("mamba2")
+    whole = figures(Surgery(arch, ()), known).params
+    for share in (70, 85, 100, 101, 110):
+        asked = Cut(**step, scope=scope, target=f"params={share}%")
+        try:
+            made = sized(arch, asked, known)
+        except UnsupportedError as error:
+            reason = f"{error.message} {error.hint}"
+            assert "out of reach" in reason or "All states stay" in reason
+            continue
+        left = figures(Surgery(arch, outline(arch, asked, made.layers or made.after, known)), known).params
+        assert left <= whole * share / 100
+
+
+def test_nothing_more_is_said_of_sizes_that_would_not_do_anyway():
+    for name, step in (
+        ("mamba", {"axis": "state", "keep": 1.5, "any_size": True}),
+        ("mamba2", {"axis": "head_channel", "keep": 0.5, "stock_only": True, "any_size": True}),
+    ):
+        try:
+            found(name, **step)
+        except UnsupportedError as error:
+            assert "--any-size" not in error.hint
+    with pytest.raises(UnsupportedError, match="All states stay"):
+        sized(arch_for(CONFIGS["mamba2"]), Cut(axis="state", method="rotate", keep=1), weights("mamba2"))
+
+
+def test_an_added_bias_has_the_bytes_of_the_weight_it_belongs_to():
+    arch, known = arch_for(CONFIGS["mamba2"]), weights("mamba2")
+    step = Cut(axis="head", correct="bias", keep=0.5)
+    with_bias, without = (
+        figures(Surgery(arch, outline(arch, each, 4, known)), known).weight_bytes
+        for each in (step, Cut(axis="head", correct="none", keep=0.5))
+    )
+    assert with_bias - without == 2 * arch.width * known.itemsize["backbone.layers.0.mixer.out_proj.weight"]
 
 
 def test_what_no_block_has_cannot_be_cut():
