@@ -1,5 +1,6 @@
 """What a recipe wants measured: the dense model and the result from disk, the two compared, and the gate."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ssmcompress.recipe import Recipe
 from ssmcompress.recipes import read
 from ssmcompress.record import RECIPE
 
-DENSE, COMPRESSED, COMPARISON = "dense", "compressed", "comparison"
+DENSE, COMPRESSED, TUNED, COMPARISON = "dense", "compressed", "tuned", "comparison"
 
 
 def foresee(recipe: Recipe) -> None:
@@ -27,10 +28,11 @@ def foresee(recipe: Recipe) -> None:
         require_known(recipe.gate.max_drop, found)
 
 
-def assess(recipe: Recipe, folder: Path, emit: Emit = ignore) -> None:
+def assess(recipe: Recipe, folder: Path, adapters: Sequence[Path] = (), emit: Emit = ignore) -> None:
     """Evaluates what a run wrote beside its source, below `folder`/eval; what was measured so already is not again.
 
-    Raises GateError, once all is told and written, where more was lost than the recipe's gate lets through.
+    With adapters the model is measured with them too, and then it is that which the gate judges. Raises GateError, once
+    all is told and written, where more was lost than the recipe's gate lets through.
     """
     assert recipe.eval is not None
     results = folder / manifest.EVALUATION
@@ -39,16 +41,19 @@ def assess(recipe: Recipe, folder: Path, emit: Emit = ignore) -> None:
     )
     if settings["context"] is None and resolve(str(folder)).config().to_dict().get(KEY):
         settings["context"] = recipe.eval.length // 2  # of both, or nothing could be compared
-    for name, model in ((DENSE, recipe.model), (COMPRESSED, str(folder))):
-        if not _measured(results / name, identity(model, **settings)):
-            evaluate(model, out=results / name, overwrite=True, emit=emit, **settings)
+    of = {DENSE: (recipe.model, ()), COMPRESSED: (str(folder), ())} | (
+        {TUNED: (str(folder), adapters)} if adapters else {}
+    )
+    for name, (model, learned) in of.items():
+        if not _measured(results / name, identity(model, adapter=learned, **settings)):
+            evaluate(model, adapter=learned, out=results / name, overwrite=True, emit=emit, **settings)
     gate = recipe.gate
     bounds = (
         [str(bound) if name == "all" else f"{name}={bound}" for name, bound in gate.max_drop.items()] if gate else []
     )
-    pair = (results / DENSE, results / COMPRESSED)
     strict = gate is not None and gate.strict
-    compare(*pair, max_drop=bounds, strict=strict, out=results / COMPARISON, overwrite=True, emit=emit)
+    judged = [results / name for name in of if not (adapters and gate and name == COMPRESSED)]
+    compare(*judged, max_drop=bounds, strict=strict, out=results / COMPARISON, overwrite=True, emit=emit)
 
 
 def made_by(recipe: Recipe, folder: Path) -> bool:

@@ -38,7 +38,7 @@ def edit(
     shapes = {name: stored.shape(name) for name in stored}
     found: list[Edit] = []
     edited = checkpoint
-    for i, step in enumerate(recipe.steps):
+    for i, step in enumerate(recipe.made):
         surgery, layers = Surgery(checkpoint.arch, found), journal.step(i)
         if layers:
             done = sum(layer < edited.arch.layers for layer in layers)  # beside them lies a choice for all
@@ -86,7 +86,7 @@ def edited_by(checkpoint: Checkpoint, found: Sequence[Edit]) -> Checkpoint:
 
 def calibrating(checkpoint: Checkpoint, recipe: Recipe, tell: Emit) -> data.Windows | None:
     """The tokens that statistics are taken from; None where no step needs them."""
-    if not any(step.calibrated for step in recipe.steps):
+    if not any(step.calibrated for step in recipe.made):
         return None
     wanted, seed = recipe.calibrate, recipe.seed
     tokenizer = checkpoint.tokenizer

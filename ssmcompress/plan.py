@@ -29,6 +29,7 @@ from ssmcompress.recipe import PruneOptions, Recipe, pruning
 from ssmcompress.recipes import read, shipped
 from ssmcompress.steps import SSM, Cut, ReduceTokens, Step
 from ssmcompress.tokens.schedule import LONG, lengths, resolved, saved
+from ssmcompress.tune.plan import planned
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def plan(
         foresee(recipe)
     arch, stored = headers(source)
     weights = weigh(stored)
-    expected = forecast(arch, recipe.steps, weights)
+    expected = forecast(arch, recipe.made, weights)
     counted = manifest.zeros(source.folder)
     least = expected.zeros(weights.shapes, counted or {})
     found = Plan(
@@ -73,13 +74,15 @@ def plan(
             expected.surgery,
             weights.shapes,
             expected.kept,
-            formless(arch, recipe.steps),
+            formless(arch, recipe.made),
             None if counted is None else least,
             expected.memory,
             expected.apart,
         ),
     )
     _tell(found, expected.exact, emit)
+    for step in recipe.tuned:
+        emit(Note(f"Then {step.method} is learned: {planned(step, expected.surgery.arch):,} parameters."))
     return found
 
 

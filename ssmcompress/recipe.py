@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Required, TypedDict, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import yaml
 from pydantic import (
@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from ssmcompress.errors import RecipeError
-from ssmcompress.steps import KINDS, METHODS, Cut, Method, Prune, ReduceTokens, Step, Strict, beyond_defaults
+from ssmcompress.steps import KINDS, METHODS, AnyStep, Cut, Method, Prune, ReduceTokens, Step, Strict, beyond_defaults
 from ssmcompress.tuning import TuneState
 
 
@@ -88,7 +88,7 @@ class Recipe(Strict):
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     calibrate: Calibration = Calibration()
-    steps: tuple[Step, ...]
+    steps: tuple[AnyStep, ...]
     save: Save = Save()
     eval: Evaluation | None = None
     gate: Gate | None = None
@@ -97,9 +97,23 @@ class Recipe(Strict):
     def _whole(self) -> "Recipe":
         if not self.steps:
             raise ValueError("there are no steps")
+        if not self.made:
+            raise ValueError("no step makes a model: `ssmcompress tune-state` learns an adapter for one that there is")
+        if self.steps != (*self.made, *self.tuned):
+            raise ValueError("tune-state comes after all other steps, which would change the model below its adapter")
         if self.gate and not self.eval:
             raise ValueError("a gate needs an eval section, which says what is measured")
         return self
+
+    @property
+    def made(self) -> tuple[Step, ...]:
+        """The steps that make the model."""
+        return tuple(step for step in self.steps if not isinstance(step, TuneState))
+
+    @property
+    def tuned(self) -> tuple[TuneState, ...]:
+        """The steps that learn adapters for it, each on those before."""
+        return tuple(step for step in self.steps if isinstance(step, TuneState))
 
     def to_yaml(self) -> str:
         """The recipe as YAML, in the order of the schema."""
@@ -112,14 +126,16 @@ class Recipe(Strict):
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def making(self) -> "Recipe":
-        """What makes the model: all but what is measured of it and may be lost."""
-        return self.model_copy(update={"eval": None, "gate": None})
+        """What makes the model: all but what is learned on it, measured of it, and may be lost."""
+        return self.model_copy(update={"steps": self.made, "eval": None, "gate": None})
 
     def portable(self, model: str) -> "Recipe":
         """The same recipe as records name it: without the paths of this machine."""
         text = self.calibrate.text
         name = Path(text).name if text is not None and Path(text).exists() else text
-        return self.model_copy(update={"model": model, "calibrate": self.calibrate.model_copy(update={"text": name})})
+        steps = (*self.made, *(step.portable() for step in self.tuned))
+        calibrate = self.calibrate.model_copy(update={"text": name})
+        return self.model_copy(update={"model": model, "calibrate": calibrate, "steps": steps})
 
 
 class PruneOptions(TypedDict, total=False):
@@ -178,7 +194,7 @@ class TuneOptions(TypedDict, total=False):
     tokens: int | None
     alpha: float | None
     targets: Sequence[str]
-    data: Required[str]
+    data: str | None
     valid: str | None
     test: str | None
     split: str | None

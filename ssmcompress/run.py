@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -36,6 +36,7 @@ from ssmcompress.prune.targets import written_out
 from ssmcompress.recipe import PruneOptions, Recipe, ReduceOptions, pruning, reducing
 from ssmcompress.recipes import parse, read
 from ssmcompress.steps import ReduceTokens
+from ssmcompress.tune.plan import planned
 
 EDITS, EVENTS = "edits.safetensors", "events.jsonl"
 
@@ -48,6 +49,7 @@ class Result:
     edits: tuple[Edit, ...]
     before: Glance | None
     after: Glance | None
+    adapters: tuple[Path, ...] = ()  # that the recipe had learned for it
 
 
 def prune(
@@ -102,30 +104,53 @@ def run(
 ) -> Result:
     """Does what a recipe says, given as such, by its shipped name or by its path, with `key=value` overrides.
 
-    Where the model that its steps make lies in `out` already, only what its eval section still lacks is measured, and
-    the gate is told anew. Raises RecipeError for a recipe that will not do, GateError where more was lost than its gate
-    lets through.
+    Adapters that its last steps learn lie below `out`/adapters. Where the model that its steps make lies in `out`
+    already, only what is left to be learned and measured is done, and the gate is told anew. Raises RecipeError for a
+    recipe that will not do, GateError where more was lost than its gate lets through.
     """
     if isinstance(recipe, str):
         recipe = read(recipe, overrides)
-    if recipe.eval is None or no_eval:
+    measured = recipe.eval is not None and not no_eval
+    if not (measured or recipe.tuned):
         return _compress(recipe, out, overwrite=overwrite, measure=not no_eval, emit=emit)
-    foresee(recipe)
+    if measured:
+        foresee(recipe)
     folder = expanded(out)
     if not overwrite and made_by(recipe, folder):
-        emit(Note(f"{out} holds this model already: only what is left of its evaluation is done."))
+        emit(Note(f"{out} holds this model already: only what is left to be learned and measured is done."))
         result = Result(folder, editing.load(folder / EDITS).items, None, None)
     else:
-        result = _compress(recipe, out, overwrite=overwrite, measure=False, emit=emit)
-    assess(recipe, folder, emit)
-    return result
+        result = _compress(recipe, out, overwrite=overwrite, measure=not (measured or no_eval), emit=emit)
+    adapters = _tune(recipe, folder, emit) if recipe.tuned else ()
+    if measured:
+        assess(recipe, folder, adapters, emit)
+    return replace(result, adapters=adapters)
+
+
+def _tune(recipe: Recipe, folder: Path, emit: Emit) -> tuple[Path, ...]:
+    """The adapters that the last steps of a recipe learn, each on those before it; those that are there stay."""
+    from ssmcompress.tune_state import tune_state, tuned_so  # the trainer behind it takes a second to import
+
+    found: tuple[Path, ...] = ()
+    how: dict[str, Any] = recipe.model_dump(include={"seed", "device", "dtype", "backend"})
+    for number, step in enumerate(recipe.tuned, 1):
+        place = folder / manifest.ADAPTERS / f"{number}-{step.method}"
+        if step.objective == "distill" and step.teacher is None:
+            step = step.model_copy(update={"teacher": recipe.model})
+        if not tuned_so(place, step, str(folder), found, **how):
+            options: Any = step.model_dump(exclude={"step"})
+            tune_state(str(folder), out=place, adapter=found, overwrite=True, emit=emit, **how, **options)
+        found += (place,)
+    return found
 
 
 def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool, emit: Emit) -> Result:
     """Makes the model of a recipe and writes the folder `out`."""
     source = resolve(recipe.model)
     arch, stored = headers(source)
-    expected = forecast(arch, recipe.steps, weigh(stored))
+    expected = forecast(arch, recipe.made, weigh(stored))
+    for step in recipe.tuned:
+        planned(step, expected.surgery.arch)
     reduced = expected.surgery.policy is not None
     origin = manifest.describe(source)
     told, key = written_out(arch, recipe.portable(source.label)), _key(recipe, origin, measure)
@@ -146,7 +171,7 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
             after = _look(_reload(folder, recipe), recipe, tell, reduced=reduced) if before is not None else None
             if before is not None and after is not None:
                 tell_change(before, after, tell)
-            tensors = coverage(checkpoint.arch, checkpoint.stored, found, recipe.steps, zeros)
+            tensors = coverage(checkpoint.arch, checkpoint.stored, found, recipe.made, zeros)
             if (sizes := record.shape(checkpoint.arch, checkpoint.stored, found)) is not None:
                 tell_size(sizes.before, sizes.after, tell)
             tokens = tokens_record(edited.arch)
@@ -154,7 +179,7 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
             tell_coverage(tensors, tell)
         made: dict[str, Any] = {"calibration": calibration, "verification": verification}
         made |= {"source": origin, "edits": found, "tensors": tensors, "tokens": tokens}
-        verb = "reduce-tokens" if all(isinstance(step, ReduceTokens) for step in recipe.steps) else "prune"
+        verb = "reduce-tokens" if all(isinstance(step, ReduceTokens) for step in recipe.made) else "prune"
         record.write(folder, verb, checkpoint, told, before=before, after=after, **made)
     emit(Finished(str(out)))
     return Result(Path(out), tuple(found), before, after)
@@ -193,7 +218,7 @@ def apply(
             editing.save(loaded.items, folder / EDITS, loaded.metadata)
             zeros, verification = _write(checkpoint, edited, loaded.items, folder, recipe)
             tell(Note(f"Applied {len(loaded.items)} edits."))
-            tensors = coverage(checkpoint.arch, checkpoint.stored, loaded.items, recipe.steps, zeros)
+            tensors = coverage(checkpoint.arch, checkpoint.stored, loaded.items, recipe.made, zeros)
         made: dict[str, Any] = {"calibration": calibration, "verification": verification}
         made |= {"source": manifest.describe(source), "edits": loaded.items, "tensors": tensors}
         made["tokens"] = tokens_record(edited.arch)
@@ -238,7 +263,7 @@ def _load(source: Source, recipe: Recipe, tell: Emit) -> Checkpoint:
     checkpoint = load(source, dtype=dtype, device=recipe.device, backend=recipe.backend)
     require_finite(checkpoint)
     stored = checkpoint.stored.dtype(EMBEDDING["hf"])
-    if any(step.new_values for step in recipe.steps) and not _holds(checkpoint.model.dtype, stored):
+    if any(step.new_values for step in recipe.made) and not _holds(checkpoint.model.dtype, stored):
         raise UnsupportedError(
             f"New values computed in {checkpoint.model.dtype} are coarser than the stored {stored}.",
             hint="Leave out --dtype."

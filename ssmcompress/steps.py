@@ -1,4 +1,4 @@
-"""The steps of a recipe as data: one sets weights to zero, one removes units, one lets tokens leave."""
+"""The steps of a recipe as data: weights become zero, units are removed, tokens leave, an adapter is learned."""
 
 import re
 from difflib import get_close_matches
@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ssmcompress.policy import HALVING, LEAST, MATCHING, RANKING, Decay, Importance, Merge, Rule
 from ssmcompress.schema import Strict
+from ssmcompress.tuning import TuneState
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Scope = Literal["row", "tensor"]
@@ -291,16 +292,25 @@ def budget(text: str) -> tuple[str, float, bool]:
 def _kind(step: Any) -> str:
     if not isinstance(step, dict):
         return next((name for name, kind in KINDS.items() if isinstance(step, kind)), "prune")
-    if step.get("step") == "reduce-tokens":
-        return "reduce-tokens"
+    if step.get("step") in ("reduce-tokens", "tune-state"):
+        return str(step["step"])
     return "cut" if "axis" in step else "prune"
 
 
-Step = Annotated[
-    Annotated[Prune, Tag("prune")] | Annotated[Cut, Tag("cut")] | Annotated[ReduceTokens, Tag("reduce-tokens")],
+Step = Prune | Cut | ReduceTokens  # what makes a model of another
+AnyStep = Annotated[
+    Annotated[Prune, Tag("prune")]
+    | Annotated[Cut, Tag("cut")]
+    | Annotated[ReduceTokens, Tag("reduce-tokens")]
+    | Annotated[TuneState, Tag("tune-state")],
     Discriminator(_kind),
 ]
-KINDS: dict[str, type[Strict]] = {"prune": Prune, "cut": Cut, "reduce-tokens": ReduceTokens}
+KINDS: dict[str, type[Strict]] = {
+    "prune": Prune,
+    "cut": Cut,
+    "reduce-tokens": ReduceTokens,
+    "tune-state": TuneState,
+}
 
 
 def usual_scope(method: str, module: str) -> Scope:
@@ -309,14 +319,14 @@ def usual_scope(method: str, module: str) -> Scope:
     return "row" if module == "lm_head" and method == "wanda" else "tensor"
 
 
-def beyond_defaults(step: Step) -> dict[str, Any]:
+def beyond_defaults(step: Step | TuneState) -> dict[str, Any]:
     """What a step says that is not usual, be it written out or left out."""
     said = step.model_dump(mode="json", exclude_defaults=True)
     if isinstance(step, Cut):
         if step.reach == "layer":
             said.pop("scope", None)
         return said | {"method": step.criterion, "correct": step.correction}
-    if isinstance(step, ReduceTokens):
+    if isinstance(step, ReduceTokens | TuneState):
         return said
     scope = said.pop("scope", None)
     if isinstance(scope, dict):

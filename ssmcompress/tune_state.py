@@ -96,7 +96,7 @@ def tune_state(
     base = manifest.describe(source, below)
     how = {"seed": seed, "device": device, "dtype": dtype, "backend": backend}
     label = " + ".join((source.label, *(each.label for each in below)))
-    told = record.said(_portable(step), model=label, **how)
+    told = record.said(step.portable(), model=label, **how)
     key = _key(told, base, step)
     with output(out, marked=TUNING, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
         store = folder / FOLDER
@@ -129,7 +129,7 @@ def tune_state(
                 layers=_layers(learned),
                 tensors={name: tuple(each.shape) for name, each in sorted(learned.items())},
                 examples=splits.counts(),
-                recipe_sha256=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
+                recipe_sha256=_sha256(told),
                 seed=seed,
                 difference=difference,
                 best_step=course.best,
@@ -143,21 +143,26 @@ def tune_state(
     return Tuned(Path(out), made, change)
 
 
+def tuned_so(folder: Path, step: TuneState, model: str, adapter: Sequence[str | Path] = (), **how: Any) -> bool:
+    """Whether a folder holds the adapter that `tune_state` would learn: by the same step, for the same weights."""
+    made = record.read(folder)
+    source, below = resolve(model), adapters.find_all(adapter)
+    label = " + ".join((source.label, *(each.label for each in below)))
+    told = record.said(step.portable(), model=label, **how)
+    return made is not None and (made.recipe_sha256, made.base) == (_sha256(told), manifest.describe(source, below))
+
+
+def _sha256(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 def _key(told: dict[str, Any], base: manifest.SourceRecord, step: TuneState) -> str:
     """What an unfinished folder must share with a run that goes on with it: the data as well."""
     files = [
         manifest.sha256(Path(each)) for each in (step.data, step.valid, step.test) if each and Path(each).is_file()
     ]
     said = [told, base.model_dump(), manifest.versions(), files]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _portable(step: TuneState) -> TuneState:
-    """The step as records name it: without the paths of this machine."""
-    named = {name: getattr(step, name) for name in ("data", "valid", "test")}
-    return step.model_copy(
-        update={name: Path(at).name if at and Path(at).exists() else at for name, at in named.items()}
-    )
+    return _sha256(said)
 
 
 def _read(tokenizer: Any, step: TuneState, seed: int, tell: Emit) -> _Splits:

@@ -1,6 +1,7 @@
 """State tuning as data: what is learned, from which examples, and how."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, get_args
 
@@ -37,13 +38,14 @@ SIZES = {  # what says how much is learned, and its value unless told
 class TuneState(Strict):
     """Learns an adapter from examples of a prompt and its completion, on the completion only, or from plain text.
 
-    `data`, `valid` and `test` are JSON lines, tables, plain text or data sets; without `valid` a twentieth of the data
-    is held out, and never more than 512 examples validate. Of the test only the first `limit` prompts count. A `task`
-    reads the files that its authors publish, and has completions of the test prompts judged. `prompt` and `completion`
-    are templates over the columns ("{question} =" and " {answer}"); without them columns of these names are taken, or
-    `text`. Of `steps` updates on `batch_size` · `accumulate` examples the state that is best on the validation
-    examples, seen every `every` updates, is kept. `objective` is the likelihood (ce), or the distribution of a
-    `teacher` (distill), with `hidden` the weight of the distance between last hidden states.
+    `data`, `valid` and `test` are JSON lines, tables, plain text or data sets, the data the shipped calibration text
+    unless told; without `valid` a twentieth of it is held out, and never more than 512 examples validate. Of the test
+    only the first `limit` prompts count. A `task` reads the files that its authors publish, and has completions of the
+    test prompts judged. `prompt` and `completion` are templates over the columns ("{question} =" and " {answer}");
+    without them columns of these names are taken, or `text`. Of `steps` updates on `batch_size` · `accumulate` examples
+    the state that is best on the validation examples, seen every `every` updates, is kept. `objective` is the
+    likelihood (ce), or the distribution of a `teacher` (distill), with `hidden` the weight of the distance between last
+    hidden states.
     """
 
     step: Literal["tune-state"] = "tune-state"
@@ -54,7 +56,7 @@ class TuneState(Strict):
     tokens: Count | None = None
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     targets: tuple[str, ...] = ()
-    data: str
+    data: str | None = None
     valid: str | None = None
     test: str | None = None
     split: str | None = None
@@ -101,6 +103,9 @@ class TuneState(Strict):
                 raise ValueError(f"{option} has no meaning without the objective distill")
         if self.task is not None and self.completion is not None:
             raise ValueError(f"the task {self.task} has templates of its own")
+        for option in ("task", "split", "completion"):
+            if getattr(self, option) is not None and self.data is None:
+                raise ValueError(f"{option} has no meaning without data")
         if self.limit is not None and self.test is None:
             raise ValueError("limit bounds how many prompts of the test count: there is no test")
         if self.prompt is not None and self.completion is None:
@@ -117,20 +122,17 @@ class TuneState(Strict):
         option, usual = self._sized
         return (getattr(self, option) if option else None) or usual
 
+    def portable(self) -> "TuneState":
+        """The step as records name it: without the paths of this machine."""
+        named = {name: getattr(self, name) for name in ("data", "valid", "test", "teacher")}
+        return self.model_copy(
+            update={name: Path(at).name if at and Path(at).exists() else at for name, at in named.items()}
+        )
+
     @property
     def pace(self) -> int:
         """Updates between two looks at the validation examples: ten looks unless told."""
         return min(self.every or max(1, self.steps // 10), self.steps)
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether it needs calibration text: it has examples."""
-        return False
-
-    @property
-    def new_values(self) -> bool:
-        """Whether weights get new values: they stay as they are, beside the adapter."""
-        return False
 
 
 def columns(template: str) -> Iterable[str]:

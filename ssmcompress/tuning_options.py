@@ -35,9 +35,12 @@ Targets = Annotated[
     typer.Option("--targets", metavar="A,B", help="Projections for lora.", show_default="all", rich_help_panel=WHAT),
 ]
 Data = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--data", help="JSON lines, CSV, plain text or a data set id to learn from.", rich_help_panel=EXAMPLES
+        "--data",
+        help="JSON lines, CSV, plain text or a data set id to learn from.",
+        show_default="the shipped calibration text",
+        rich_help_panel=EXAMPLES,
     ),
 ]
 Valid = Annotated[
@@ -104,7 +107,7 @@ Checkpointing = Annotated[
 
 def _tuning_options(
     *,
-    data: Data,
+    data: Data = None,
     method: Method = "state-offset",
     form: OffsetForm = None,
     rank: Rank = None,

@@ -26,7 +26,7 @@ from ssmcompress.policy import KEY, TokenPolicy
 
 NAME = "ssmcompress.json"
 UNHASHED = (NAME, "README.md", "events.jsonl", "measured.json")  # itself, what is written from it, what holds times
-EVALUATION = "eval"  # the folder of what was measured afterwards
+EVALUATION, ADAPTERS = "eval", "adapters"  # the folders of what was measured, and learned, afterwards
 
 
 class Record(BaseModel):
@@ -294,10 +294,11 @@ def changed(folder: Path) -> list[str]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file by its relative name, but for manifest, card, events, times and evaluations."""
+    """The SHA-256 of every file by its relative name, but for manifest, card, events, times, evaluations, adapters."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     names = {path.relative_to(folder).as_posix(): path for path in files}
-    lasting = {name: path for name, path in names.items() if name.partition("/")[0] not in (*UNHASHED, EVALUATION)}
+    passing = (*UNHASHED, EVALUATION, ADAPTERS)
+    lasting = {name: path for name, path in names.items() if name.partition("/")[0] not in passing}
     return {name: sha256(path) for name, path in lasting.items()}
 
 

@@ -164,14 +164,23 @@ def measures(
 
 
 def identity(
-    model: str, *, length: int, batch_size: int, seed: int, device: str, dtype: str, backend: str, **measured: Any
+    model: str,
+    *,
+    adapter: Given = (),
+    length: int,
+    batch_size: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    backend: str,
+    **measured: Any,
 ) -> str:
     """The `asked_sha256` of the results that `evaluate` would give now, asked for these measures."""
     context = measured.pop("context", None)
     _, asked = _asked(**measured, settings=(length, batch_size, seed))
     source = resolve(model)
     asked = replace(asked, context=_context(source, length, context))
-    return asked.key(model=describe(source).sha256, device=device, dtype=dtype, backend=backend)
+    return asked.key(model=describe(source, find_all(adapter)).sha256, device=device, dtype=dtype, backend=backend)
 
 
 def _context(source: Source, length: int, context: int | None) -> int:

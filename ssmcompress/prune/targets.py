@@ -92,7 +92,8 @@ def written_out(arch: Arch, recipe: Recipe) -> Recipe:
 
     The modules are those of the source: no step that removes units changes what modules there are.
     """
-    return recipe.model_copy(update={"steps": tuple(_written_out(arch, step) for step in recipe.steps)})
+    steps = (_written_out(arch, step) for step in recipe.made)
+    return recipe.model_copy(update={"steps": (*steps, *recipe.tuned)})
 
 
 def _written_out(arch: Arch, step: Step) -> Step:

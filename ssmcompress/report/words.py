@@ -6,6 +6,7 @@ from ssmcompress.recipe import Recipe
 from ssmcompress.report.checkpoints import Made
 from ssmcompress.report.measures import Change, Figure
 from ssmcompress.steps import SPARSESSM, Cut, Prune, ReduceTokens, Step
+from ssmcompress.tuning import TuneState
 
 METHODS = {
     "wanda": "WANDA",
@@ -61,7 +62,7 @@ def brief(recipe: Recipe | None, verb: str) -> str:
 def sentences(made: Made) -> list[str]:
     """What was done, step by step, on what text, and how it was checked."""
     recipe, told = made.recipe, made.manifest
-    steps = recipe.steps if recipe else ()
+    steps = recipe.made if recipe else ()
     found = [_sentence(step) for step in steps if not isinstance(step, ReduceTokens)]
     found += [told.tokens.told] if told.tokens else []
     if told.verb == "apply":
@@ -71,6 +72,11 @@ def sentences(made: Made) -> list[str]:
         found.append(f"Calibrated on {text.windows} windows of {text.length} tokens of {text.source}{_mixed(recipe)}.")
     elif any(not isinstance(step, ReduceTokens) for step in steps):
         found.append("No calibration: the scores come from the weights alone.")
+    found += [
+        f"Then {step.method} was learned from {step.data or 'the calibration text'} in {step.steps} updates,"
+        f" {'the distribution of the dense model' if step.objective == 'distill' else 'its likelihood'}: an adapter."
+        for step in (recipe.tuned if recipe else ())
+    ]
     if told.sparsity:
         found.append(f"Of the pruned tensors, {told.sparsity:.1%} of the entries are zero as stored.")
     if (check := told.verification) is not None:
@@ -80,7 +86,9 @@ def sentences(made: Made) -> list[str]:
     return found
 
 
-def _brief(step: Step) -> str:
+def _brief(step: Step | TuneState) -> str:
+    if isinstance(step, TuneState):
+        return f"{step.method} learned"
     if isinstance(step, Cut):
         return f"{step.axis}s by {step.criterion}, {_amount(step)}"
     if isinstance(step, ReduceTokens):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ssmcompress.calib.data import SHIPPED, documents
 from ssmcompress.calib.rows import LINES, TABLES, Row, contents, json_rows, names_a_set, set_rows, table_rows
 from ssmcompress.errors import InputError
 from ssmcompress.paths import expanded
@@ -40,7 +41,7 @@ class Examples:
         return len(self.items)
 
 
-def read(source: str, tokenizer: Any, step: TuneState, limit: int | None = None) -> Examples:
+def read(source: str | None, tokenizer: Any, step: TuneState, limit: int | None = None) -> Examples:
     """The examples of JSON lines, a table, plain text or a data set, in their order; of the first `limit` prompts.
 
     Plain text, and rows of a column `text`, are cut into windows of `length` tokens, each after an end-of-text token;
@@ -57,7 +58,7 @@ def read(source: str, tokenizer: Any, step: TuneState, limit: int | None = None)
     items = tuple(each for each in found if len(each.ids) <= step.length + 1)
     if not items:
         lacking = f"all {len(found)} are longer than {step.length} tokens" if found else "it is empty"
-        raise InputError(f"{source} gives no example to learn from: {lacking}.", hint=HINT)
+        raise InputError(f"{source or SHIPPED} gives no example to learn from: {lacking}.", hint=HINT)
     return Examples(items, len(found) - len(items))
 
 
@@ -125,7 +126,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def pairs(source: str, step: TuneState, limit: int | None = None) -> Iterator[tuple[str, str]]:
+def pairs(source: str | None, step: TuneState, limit: int | None = None) -> Iterator[tuple[str, str]]:
     """Prompts and completions, of the first `limit` prompts; that of plain text is empty. InputError as of `read`."""
     seen: set[str] = set()
     for prompt, completion in _pairs(source, step):
@@ -134,7 +135,10 @@ def pairs(source: str, step: TuneState, limit: int | None = None) -> Iterator[tu
             yield prompt, completion
 
 
-def _pairs(source: str, step: TuneState) -> Iterator[tuple[str, str]]:
+def _pairs(source: str | None, step: TuneState) -> Iterator[tuple[str, str]]:
+    if source is None:
+        yield from (("", text) for text in documents(None))
+        return
     path = expanded(source)
     name = path.name.removesuffix(".gz")
     table = next((separator for suffix, separator in TABLES.items() if name.endswith(suffix)), None)

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ssmcompress.checkpoint.manifest import SourceRecord
 from ssmcompress.checkpoint.output import TUNING
@@ -96,6 +96,14 @@ class Change:
                 f"{100 * (right[1] - right[0]):+.1f} points",
             ),
         )
+
+
+def read(folder: Path) -> Tuning | None:
+    """What a folder says of its adapter; None where it says nothing, or nothing that this version knows."""
+    try:
+        return Tuning.model_validate_json((folder / TUNING).read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def write(folder: Path, tuning: Tuning, course: Course, change: Change, recipe: str) -> None:
