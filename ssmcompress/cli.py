@@ -146,7 +146,9 @@ def run(
 
 @app.command(epilog="Example: ssmcompress apply out/wanda50/edits.safetensors ref:mamba --out out/again")
 def apply(
-    edits: Annotated[Path, typer.Argument(metavar="EDITS", help="edits.safetensors of an earlier output.")],
+    edits: Annotated[
+        Path, typer.Argument(metavar="EDITS", help="edits.safetensors of an earlier output, or an adapter's folder.")
+    ],
     model: Model,
     *,
     out: Out,
@@ -154,7 +156,7 @@ def apply(
     json: Json = False,
     backend: Kernels = "auto",
 ) -> None:
-    """Apply the edits of an earlier run again: the same bytes, without calibration."""
+    """Apply the edits of an earlier run again, the same bytes without calibration; or fold an adapter into weights."""
     _call("apply", **locals())
 
 

@@ -17,6 +17,8 @@ from ssmcompress.arch.mixer import mixers
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.assess import assess, foresee, made_by
 from ssmcompress.checkpoint import manifest
+from ssmcompress.checkpoint.fitting import CONFIG as ADAPTER
+from ssmcompress.checkpoint.fold import fold
 from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.output import output, write
 from ssmcompress.checkpoint.shards import Shards, require_space
@@ -202,8 +204,11 @@ def apply(
 ) -> Path:
     """Applies the edits of an earlier run to a model: the same bytes as that run wrote, without calibration.
 
-    Raises InputError where the edits are damaged, do not fit the model, or hold new values made for other weights.
+    Given the folder of an adapter instead, folds it into the weights, where it can be (:func:`fold`). Raises InputError
+    where the edits are damaged, do not fit the model, or hold new values made for other weights.
     """
+    if (expanded(edits) / ADAPTER).is_file():
+        return fold(edits, model, out=out, overwrite=overwrite, backend=backend, emit=emit)
     loaded = editing.load(Path(edits))
     source = resolve(model)
     recipe = parse(loaded.metadata.get("recipe", ""), "the recipe in the edits")

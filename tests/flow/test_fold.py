@@ -1,0 +1,65 @@
+"""Adapters become part of the weights where they only change those, and say so where they do not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import ssmcompress
+from ssmcompress.checkpoint.shards import Shards
+from ssmcompress.checkpoint.source import load
+from ssmcompress.cli import main
+from ssmcompress.errors import UnsupportedError
+from ssmcompress.events import Note
+from tests.flow.test_tune import logits
+
+TUNE = {"steps": 2, "every": 2, "length": 64}
+
+
+@pytest.mark.parametrize(("method", "lr"), [("lora", 0.02), ("bitfit", 0.05), ("a-log", 0.3), ("full", 0.002)])
+@pytest.mark.parametrize("model", ["ref:mamba", "ref:mamba2"])
+def test_a_folded_adapter_computes_what_it_did(tmp_path: Path, model: str, method: str, lr: float) -> None:
+    ssmcompress.tune_state(model, method=method, lr=lr, out=tmp_path / "a", **TUNE)
+    assert ssmcompress.apply(tmp_path / "a", model, out=tmp_path / "folded") == tmp_path / "folded"
+    dense, expected, found = logits(model), logits(model, tmp_path / "a"), logits(tmp_path / "folded")
+    assert (found - expected).norm() < 0.2 * (expected - dense).norm()  # rounded to bfloat16, as weights are stored
+    folders = (tmp_path / "folded", load(model).source.folder)
+    first, second = ({name: weights.dtype(name) for name in weights} for weights in map(Shards, folders))
+    assert first == second
+    manifest = json.loads((tmp_path / "folded" / "ssmcompress.json").read_text())
+    assert manifest["verb"] == "apply" and "adapter_model.safetensors" in manifest["source"]["sha256"]
+
+
+@pytest.mark.parametrize("method", ["state-offset", "prefix", "prompt", "additional-scan", "conv-state"])
+def test_what_does_not_fold_is_refused_and_nothing_is_written(
+    tmp_path: Path, method: str, capsys: pytest.CaptureFixture
+) -> None:
+    ssmcompress.tune_state("ref:mamba", method=method, out=tmp_path / "a", **TUNE)
+    with pytest.raises(UnsupportedError, match="does not fold into the weights"):
+        ssmcompress.apply(tmp_path / "a", "ref:mamba", out=tmp_path / "folded")
+    with pytest.raises(SystemExit, match="3"):
+        main(["apply", str(tmp_path / "a"), "ref:mamba", "--out", str(tmp_path / "folded")])
+    assert "Keep it beside the model" in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_zeros_that_are_filled_are_told(tmp_path: Path) -> None:
+    ssmcompress.prune("ref:mamba", method="magnitude", sparsity=0.6, out=tmp_path / "pruned", no_eval=True)
+    notes: list[str] = []
+    for method, filled in (("lora", True), ("full", False)):
+        out, folded = tmp_path / method, tmp_path / f"{method}-folded"
+        ssmcompress.tune_state(str(tmp_path / "pruned"), method=method, out=out, **TUNE)
+        notes.clear()
+        ssmcompress.apply(
+            out,
+            str(tmp_path / "pruned"),
+            out=folded,
+            emit=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+        )
+        assert any("fills zeros" in note for note in notes) == filled
+        records = json.loads((folded / "ssmcompress.json").read_text())["tensors"]
+        weights = load(str(folded), dtype=torch.float32).model.state_dict()
+        for record in records:
+            if record["status"] == "pruned":
+                assert record["zeros"] == int((weights[record["name"]] == 0).sum())
