@@ -21,6 +21,7 @@ from ssmcompress.checkpoint.fitting import CONFIG as ADAPTER
 from ssmcompress.checkpoint.fold import fold
 from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.output import output, write
+from ssmcompress.checkpoint.reshape import reshape
 from ssmcompress.checkpoint.shards import Shards, require_space
 from ssmcompress.checkpoint.source import Checkpoint, Source, headers, load, require_embedded, resolve
 from ssmcompress.checkpoint.verify import Verification, require_finite, verify
@@ -204,11 +205,14 @@ def apply(
 ) -> Path:
     """Applies the edits of an earlier run to a model: the same bytes as that run wrote, without calibration.
 
-    Given the folder of an adapter instead, folds it into the weights, where it can be (:func:`fold`). Raises InputError
-    where the edits are damaged, do not fit the model, or hold new values made for other weights.
+    Given the folder of an adapter instead of the edits, folds it into the weights, where it can be (:func:`fold`);
+    instead of the model, makes it that of the edited model (:func:`reshape`). Raises InputError where the edits are
+    damaged, do not fit the model, or hold new values made for other weights.
     """
     if (expanded(edits) / ADAPTER).is_file():
         return fold(edits, model, out=out, overwrite=overwrite, backend=backend, emit=emit)
+    if (expanded(model) / ADAPTER).is_file():
+        return reshape(edits, model, out=out, overwrite=overwrite, emit=emit)
     loaded = editing.load(Path(edits))
     source = resolve(model)
     recipe = parse(loaded.metadata.get("recipe", ""), "the recipe in the edits")

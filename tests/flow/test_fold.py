@@ -10,7 +10,7 @@ import ssmcompress
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import load
 from ssmcompress.cli import main
-from ssmcompress.errors import UnsupportedError
+from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.events import Note
 from tests.flow.test_tune import logits
 
@@ -63,3 +63,32 @@ def test_zeros_that_are_filled_are_told(tmp_path: Path) -> None:
         for record in records:
             if record["status"] == "pruned":
                 assert record["zeros"] == int((weights[record["name"]] == 0).sum())
+
+
+def test_edits_of_a_model_make_its_adapter_smaller(tmp_path: Path) -> None:
+    ssmcompress.prune("ref:mamba", axis="state", keep=0.5, out=tmp_path / "small", no_eval=True)
+    edits = tmp_path / "small" / "edits.safetensors"
+    for method, smaller in (("state-offset", True), ("output-offset", False), ("lora", True)):
+        ssmcompress.tune_state("ref:mamba", method=method, out=tmp_path / method, **TUNE)
+        out = ssmcompress.apply(edits, str(tmp_path / method), out=tmp_path / f"{method}-small")
+        before, after = (entries(folder) for folder in (tmp_path / method, out))
+        assert (after < before) == smaller
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "small"
+        changed = logits(tmp_path / "small", out) - logits(tmp_path / "small")
+        assert bool(changed.any())
+    with pytest.raises(InputError, match="has shape"):
+        load(str(tmp_path / "small"), adapter=tmp_path / "state-offset")
+
+
+def entries(folder: Path) -> int:
+    weights = Shards(folder, ("adapter_model.safetensors",))
+    return sum(weights.shape(name).numel() for name in weights)
+
+
+def test_edits_of_another_model_are_refused(tmp_path: Path) -> None:
+    ssmcompress.prune("ref:mamba2", axis="head", keep=0.5, method="random", out=tmp_path / "small", no_eval=True)
+    ssmcompress.tune_state("ref:mamba", out=tmp_path / "a", **TUNE)
+    with pytest.raises(UnsupportedError, match="has no axis 'head'"):
+        ssmcompress.apply(tmp_path / "small" / "edits.safetensors", str(tmp_path / "a"), out=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
