@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.manifest import Manifest
+from ssmcompress.checkpoint.output import TUNING
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.errors import InputError
 from ssmcompress.evaluate import results, speed
@@ -23,7 +24,7 @@ from ssmcompress.recipe import Recipe
 from ssmcompress.recipes import parse
 
 Model = TypeVar("Model", bound=BaseModel)
-KINDS = "Give folders that `ssmcompress prune`, `run` or `eval --out` wrote."
+KINDS = "Give folders that `ssmcompress prune`, `run`, `tune-state` or `eval --out` wrote."
 
 
 class _Lenient(BaseModel):
@@ -107,6 +108,33 @@ class Evaluation:
         return self.results.summary
 
 
+class Course(_Lenient):
+    """measured.json of an adapter: (update, loss) of training and, in nats a token, of validation."""
+
+    loss: tuple[tuple[int, float], ...]
+    validation: tuple[tuple[int, float], ...]
+
+
+class _Tuning(_Lenient):
+    method: str
+    trainable: int
+    best_step: int
+    base: manifest.SourceRecord
+
+
+@dataclass(frozen=True)
+class Learned:
+    """An adapter: its name, its method and parameters, the update that was kept, and how the learning went."""
+
+    label: str
+    base: manifest.SourceRecord
+    method: str
+    trainable: int
+    best: int
+    distilled: bool
+    course: Course
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model: its name on the page, the hashes of its weights, how it was made and what it is worth.
@@ -121,6 +149,7 @@ class Checkpoint:
     made: Made | None = None
     looks: tuple[Look, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
+    learned: tuple[Learned, ...] = ()
     params: int | None = None
     weight_bytes: int | None = None
     dense: bool = False
@@ -142,12 +171,14 @@ class Checkpoint:
 def read(folders: Sequence[str | Path]) -> list[Checkpoint]:
     """The checkpoints that folders tell of, dense ones before what was made from them.
 
-    An evaluation belongs to the model folder with the same weights. Raises InputError for a folder of neither kind.
+    An evaluation belongs to the model folder with the same weights, an adapter to the one that it was learned on.
+    Raises InputError for a folder of neither kind.
     """
     models: dict[Path, Made] = {}
     evaluations: dict[Path, Evaluation] = {}
+    adapters: dict[Path, Learned] = {}
     for folder in map(Path, folders):
-        _sort(folder, models, evaluations)
+        _sort(folder, models, evaluations, adapters)
     known: dict[frozenset[str], Checkpoint] = {}
     for each in (_compressed(folder, made) for folder, made in models.items()):
         twin = known.get(each.weights)
@@ -156,22 +187,41 @@ def read(folders: Sequence[str | Path]) -> list[Checkpoint]:
         weights = frozenset(found.summary.model_sha256.values())
         known.setdefault(weights, _unmade(found, weights))
         known[weights] = replace(known[weights], evaluations=(*known[weights].evaluations, found))
+    for learned in adapters.values():
+        base = frozenset(learned.base.sha256.values())
+        models_below = [weights for weights in known if weights <= base and not _adapted(known[weights])]
+        weights = max(models_below, key=len, default=base)
+        owner = known.get(weights) or Checkpoint(learned.base.name, base, dense=True)
+        known[weights] = replace(owner, learned=(*owner.learned, learned))
     return _named(_with_sources(known))
 
 
-def _sort(folder: Path, models: dict[Path, Made], evaluations: dict[Path, Evaluation]) -> None:
+def _adapted(each: Checkpoint) -> bool:
+    """Whether it is known from an evaluation with an adapter."""
+    return any(found.summary.adapter for found in each.evaluations)
+
+
+def _sort(
+    folder: Path, models: dict[Path, Made], evaluations: dict[Path, Evaluation], adapters: dict[Path, Learned]
+) -> None:
     place = expanded(folder).resolve()
     if (place / manifest.NAME).exists():
         models[place] = _made(place)
         inner = place / manifest.EVALUATION
         parts = sorted(each.parent for each in inner.glob(f"*/{results.NAME}"))
         evaluations |= {each: _evaluation(each) for each in parts}
+        for each in sorted((place / manifest.ADAPTERS).glob(f"*/{TUNING}")):
+            adapters[each.parent] = _learned(each.parent)
     elif (place / results.NAME).exists():
         evaluations[place] = _evaluation(place)
+    elif (place / TUNING).exists():
+        adapters[place] = _learned(place)
     else:
         if not place.is_dir():
             raise InputError(f"{folder} is {'no folder' if place.exists() else 'not there'}.", hint=KINDS)
-        neither = f"neither a compressed model ({manifest.NAME}) nor an evaluation ({results.NAME})"
+        neither = (
+            f"neither a compressed model ({manifest.NAME}), an evaluation ({results.NAME}) nor an adapter ({TUNING})"
+        )
         raise InputError(f"{folder} holds {neither}.", hint=KINDS)
 
 
@@ -185,6 +235,14 @@ def _made(folder: Path) -> Made:
         errors=_errors(folder / "events.jsonl"),
         looks=None if looks is None else _valid(Looks, looks, folder / "measured.json"),
     )
+
+
+def _learned(folder: Path) -> Learned:
+    told = _valid(_Tuning, _text(folder / TUNING) or "", folder / TUNING)
+    measured = folder / "measured.json"
+    course = _valid(Course, _text(measured) or "", measured)
+    distilled = "objective: distill" in (_text(folder / "recipe.yaml") or "")
+    return Learned(folder.name, told.base, told.method, told.trainable, told.best_step, distilled, course)
 
 
 def _errors(path: Path) -> dict[int, float]:

@@ -138,6 +138,22 @@ def lines(series: Sequence[tuple[str, int, Mapping[int, float]]], described: str
     return _text(svg)
 
 
+def curves(series: Sequence[tuple[str, int, Sequence[tuple[int, float]]]], y_words: str, described: str) -> str:
+    """Losses by update, a line each, the last with its marks: (name, mark, (update, loss) in turn)."""
+    svg = _svg(260, described)
+    points = [point for _, _, line in series for point in line]
+    y = Axis.of([loss for _, loss in points], 260 - BOTTOM, TOP)
+    x = Axis.of([float(update) for update, _ in points], LEFT, WIDTH - RIGHT, zero=True)
+    _frame(svg, x, y, "update", y_words)
+    for _, number, line in series:
+        path = "M" + "L".join(f"{_near(x.at(update))} {_near(y.at(loss))}" for update, loss in line)
+        SubElement(svg, "path", {"class": f"line m{_colour(number)}", "d": path})
+    name, number, line = series[-1]
+    for update, loss in line:
+        _mark(svg, number, x.at(update), y.at(loss), f"{name}, update {update}: {loss:.4f}")
+    return _text(svg)
+
+
 def grid(cells: Mapping[str, Mapping[int, float]], described: str) -> str:
     """Which share of each module's entries each layer keeps: {module: {layer: share}}."""
     layers = sorted({layer for row in cells.values() for layer in row})

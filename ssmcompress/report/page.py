@@ -48,6 +48,7 @@ class Family:
     speed: Table | None
     layers: tuple[drawings.Drawing, ...]
     passages: tuple[drawings.Drawing, ...]
+    learning: tuple[drawings.Drawing, ...]
     coverage: Table | None
     stories: tuple[Story, ...]
     environment: Table
@@ -63,7 +64,8 @@ def report(*folders: str | Path, out: str | Path = "report.html", overwrite: boo
     """
     if not folders:
         raise InputError(
-            "There is nothing to report on.", hint="Give folders that `prune`, `run` or `eval --out` wrote."
+            "There is nothing to report on.",
+            hint="Give folders that `prune`, `run`, `tune-state` or `eval --out` wrote.",
         )
     target = _permitted(expanded(out), overwrite)
     page = render(read(folders), emit)
@@ -124,6 +126,7 @@ def _family(members: Sequence[Member]) -> Family:
         speed=tables.speed(members),
         layers=(*drawings.layers(members), *drawings.grids(members)),
         passages=tuple(drawings.passages(members)),
+        learning=tuple(drawings.learning(members)),
         coverage=tables.covered(members),
         stories=tuple(_story(each) for each in members if each.checkpoint.made),
         environment=tables.environment(members),

@@ -73,8 +73,8 @@ def sentences(made: Made) -> list[str]:
     elif any(not isinstance(step, ReduceTokens) for step in steps):
         found.append("No calibration: the scores come from the weights alone.")
     found += [
-        f"Then {step.method} was learned from {step.data or 'the calibration text'} in {step.steps} updates,"
-        f" {'the distribution of the dense model' if step.objective == 'distill' else 'its likelihood'}: an adapter."
+        f"Then {step.method} was learned from {step.data or 'the shipped text'} in {step.steps} updates,"
+        f" {'as the dense model has it' if step.objective == 'distill' else 'by its likelihood'}: an adapter."
         for step in (recipe.tuned if recipe else ())
     ]
     if told.sparsity:

@@ -51,6 +51,19 @@ def test_what_was_learned_lies_beside_the_model_and_is_measured_with_it(made: Pa
     assert torch.equal(pruned.get_parameter(weight), repaired.get_parameter(weight))
 
 
+def test_the_report_shows_how_the_learning_went(made: Path, tmp_path: Path) -> None:
+    page = ssmcompress.report(made, out=tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "What was learned" in page and "Learning 1-output-offset" in page and "Learning 2-lora" in page
+    assert "Its divergence from the teacher went from" in page and "The line without marks" in page
+    assert "Then output-offset was learned from the shipped text in 2 updates" in page
+    page = ssmcompress.report(made / "adapters" / "2-lora", out=tmp_path / "one.html").read_text(encoding="utf-8")
+    assert "Learning 2-lora" in page and "lora on out + 1-output-offset" not in page
+    (made / "adapters" / "2-lora" / "measured.json").rename(tmp_path / "kept.json")
+    with pytest.raises(InputError, match=r"measured\.json cannot be read"):
+        ssmcompress.report(made / "adapters" / "2-lora", out=tmp_path / "none.html")
+    (tmp_path / "kept.json").rename(made / "adapters" / "2-lora" / "measured.json")
+
+
 def test_a_run_goes_on_where_it_was(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = parse(recipe(PRUNE, OFFSET, LORA, eval={"perplexity": None, "recall": True}))
     first = {path: path.read_bytes() for path in made.rglob("*.safetensors")}
