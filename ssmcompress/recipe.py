@@ -192,6 +192,9 @@ class TuneOptions(TypedDict, total=False):
     rank: int | None
     states: int | None
     tokens: int | None
+    sdt_channels: float | None
+    sdt_states: float | None
+    warm_up: int | None
     alpha: float | None
     targets: Sequence[str]
     data: str | None

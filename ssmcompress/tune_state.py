@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 import yaml
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from ssmcompress.arch.base import DECAYS
 from ssmcompress.arch.tunable import TUNABLE, install
 from ssmcompress.checkpoint import adapter as adapters
 from ssmcompress.checkpoint import manifest
@@ -25,7 +27,7 @@ from ssmcompress.events import Emit, Finished, JsonLines, Metric, Note, Table, f
 from ssmcompress.journal import FOLDER
 from ssmcompress.recipe import TuneOptions, tuning
 from ssmcompress.record import RECIPE
-from ssmcompress.tune import examples, record
+from ssmcompress.tune import examples, record, sdt
 from ssmcompress.tune.examples import Example, Examples
 from ssmcompress.tune.fit import fit, score
 from ssmcompress.tune.judge import judged
@@ -110,24 +112,29 @@ def tune_state(
             teacher = _teacher(checkpoint, step, loading)
             split, reported = splits.reported
             before = _score(checkpoint, reported.items, step, seed)
+            rate = step.lr or (TUNABLE[step.method].usual if step.method in TUNABLE else LORA_LR)
+            fitting: dict[str, Any] = {"lr": rate, "seed": seed, "emit": tell}
+            fitting |= {"train": splits.train.items, "valid": splits.valid.items}
+            if step.method == "sdt":
+                first = load(source, adapter=[each.folder for each in below], **loading)
+                choice = _chosen(first, step, teacher, store, fitting)
             torch.manual_seed(seed)
-            learned, config = _learned(checkpoint, step)
-            _tell_learned(checkpoint, step, learned, tell)
+            learned = _sdt(checkpoint, step, choice) if step.method == "sdt" else _learned(checkpoint, step)
+            _tell_learned(checkpoint, step, learned.pack(), tell)
             objective = Objective(checkpoint.model, teacher, step.hidden or 0.0)
-            rate = step.lr or (LORA_LR if step.method == "lora" else TUNABLE[step.method].usual)
-            chosen = splits.train.items, splits.valid.items
-            course = fit(objective, learned, *chosen, step, lr=rate, seed=seed, store=store, emit=tell)
-            adapters.save(folder, config | {"base_model_name_or_path": label}, learned)
+            course = fit(objective, learned.tensors, step=step, store=store, **fitting)
+            stored = learned.pack()
+            adapters.save(folder, learned.config | {"base_model_name_or_path": label}, stored)
             again = load(source, adapter=[*(each.folder for each in below), folder], **loading)
             difference = agree(again.model, checkpoint.model)
             change = record.Change(split, before, _score(again, reported.items, step, seed), judged(again, step, tell))
             made = record.Tuning(
                 base=base,
                 method=step.method,
-                trainable=sum(each.numel() for each in learned.values()),
+                trainable=_count(stored),
                 parameters=sum(tensor.numel() for tensor in checkpoint.stored.meta().values()),
-                layers=_layers(learned),
-                tensors={name: tuple(each.shape) for name, each in sorted(learned.items())},
+                layers=_layers(stored),
+                tensors={name: tuple(each.shape) for name, each in sorted(stored.items())},
                 examples=splits.counts(),
                 recipe_sha256=_sha256(told),
                 seed=seed,
@@ -184,20 +191,60 @@ def _read(tokenizer: Any, step: TuneState, seed: int, tell: Emit) -> _Splits:
     return splits
 
 
-def _learned(checkpoint: Checkpoint, step: TuneState) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
-    """What is learned, by its name in the model, in float32; and what the adapter's config says of it."""
+@dataclass(frozen=True)
+class _Learnable:
+    """What is learned, by its name in the model, in float32; what the adapter's config says, and what it stores."""
+
+    tensors: dict[str, nn.Parameter]
+    config: dict[str, Any]
+    pack: Callable[[], Mapping[str, Tensor]]
+
+
+def _learned(checkpoint: Checkpoint, step: TuneState) -> _Learnable:
+    """What a method learns."""
     if step.method == "lora":
-        return wrap(checkpoint.model, checkpoint.arch, step)
+        found, config = wrap(checkpoint.model, checkpoint.arch, step)
+        return _Learnable(found, config, lambda: found)
     form = step.form or "full"
     found = install(checkpoint.model, checkpoint.arch, step.method, form, step.size)
+    _require_fine(step, found, checkpoint)
+    if step.method == "full":
+        _hold_zeros(found)
+    return _Learnable(found, Learned.of(step.method, form, step.size), lambda: found)
+
+
+def _sdt(checkpoint: Checkpoint, step: TuneState, choice: sdt.Choice) -> _Learnable:
+    found, pack = sdt.install(checkpoint.model, checkpoint.arch, step, choice)
+    return _Learnable(found, sdt.config(step, choice), pack)
+
+
+def _chosen(
+    checkpoint: Checkpoint, step: TuneState, teacher: nn.Module | None, store: Path, fitting: dict[str, Any]
+) -> sdt.Choice:
+    """The entries that SDT learns, by a first run; a run that goes on has chosen already."""
+    kept_at = store / "choice.safetensors"
+    if not kept_at.exists():
+        torch.manual_seed(fitting["seed"])
+        found = sdt.warm_up(checkpoint.model, checkpoint.arch, step)
+        _require_fine(step, found, checkpoint)
+        before = {name: each.detach().clone() for name, each in found.items() if name.endswith(DECAYS)}
+        first = step.model_copy(update={"steps": step.warm_up or step.steps})
+        place = store / "warm-up"
+        place.mkdir(exist_ok=True)
+        fit(Objective(checkpoint.model, teacher, step.hidden or 0.0), found, step=first, store=place, **fitting)
+        choice = sdt.choose(before, {name: found[name].detach() for name in before}, step)
+        save_file(choice, kept_at.with_suffix(".partial"))
+        kept_at.with_suffix(".partial").rename(kept_at)
+    return load_file(kept_at)
+
+
+def _require_fine(step: TuneState, found: Mapping[str, nn.Parameter], checkpoint: Checkpoint) -> None:
+    """UnsupportedError where weights would be learned in less than float32."""
     if any(parameter.dtype != torch.float32 for parameter in found.values()):
         raise UnsupportedError(
             f"{step.method} learns weights of the model, here in {checkpoint.model.dtype}: too coarse.",
             hint="Give --dtype float32.",
         )
-    if step.method == "full":
-        _hold_zeros(found)
-    return found, Learned.of(step.method, form, step.size)
 
 
 def _hold_zeros(learned: dict[str, nn.Parameter]) -> None:
@@ -235,12 +282,16 @@ def _score(checkpoint: Checkpoint, items: Sequence[Example], step: TuneState, se
     return record.Scored.of(items, score(checkpoint.model, items, step.batch_size), step.length, seed)
 
 
-def _layers(learned: dict[str, nn.Parameter]) -> tuple[int, ...]:
+def _count(stored: Mapping[str, Tensor]) -> int:
+    return sum(each.numel() for each in stored.values())
+
+
+def _layers(learned: Mapping[str, Tensor]) -> tuple[int, ...]:
     return tuple(sorted({int(found[1]) for found in map(LAYER.search, learned) if found}))
 
 
-def _tell_learned(checkpoint: Checkpoint, step: TuneState, learned: dict[str, nn.Parameter], tell: Emit) -> None:
-    count, whole = sum(each.numel() for each in learned.values()), checkpoint.stored.meta().values()
+def _tell_learned(checkpoint: Checkpoint, step: TuneState, learned: Mapping[str, Tensor], tell: Emit) -> None:
+    count, whole = _count(learned), checkpoint.stored.meta().values()
     share = count / sum(tensor.numel() for tensor in whole)
     layers = len(_layers(learned))
     where = f"in {layers} of {checkpoint.arch.layers} layers" if layers else "before the first layer"

@@ -19,6 +19,7 @@ TuneMethod = Literal[
     "prompt",
     "bitfit",
     "a-log",
+    "sdt",
     "lora",
     "full",
 ]
@@ -26,8 +27,10 @@ TUNE_METHODS: tuple[TuneMethod, ...] = get_args(TuneMethod)
 TaskName = Literal["e2e", "dart", "spider", "sst2", "rte"]
 Form = Literal["full", "low-rank", "per-head"]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 SIZES = {  # what says how much is learned, and its value unless told
     "lora": ("rank", 8),
+    "sdt": ("rank", 8),
     "low-rank": ("rank", 1),
     "additional-scan": ("states", 8),
     "prefix": ("tokens", 16),
@@ -54,6 +57,9 @@ class TuneState(Strict):
     rank: Count | None = None
     states: Count | None = None
     tokens: Count | None = None
+    sdt_channels: Share | None = None
+    sdt_states: Share | None = None
+    warm_up: Count | None = None
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     targets: tuple[str, ...] = ()
     data: str | None = None
@@ -95,6 +101,9 @@ class TuneState(Strict):
             if getattr(self, option) is not None and option != self._sized[0]:
                 owners = ", ".join(kind for kind, (name, _) in SIZES.items() if name == option)
                 raise ValueError(f"{option} has no meaning with the method {self.method}: it is for {owners}")
+        for option in ("sdt_channels", "sdt_states", "warm_up"):
+            if getattr(self, option) is not None and self.method != "sdt":
+                raise ValueError(f"{option} has no meaning with the method {self.method}")
         for option in ("alpha", "targets"):
             if getattr(self, option) and self.method != "lora":
                 raise ValueError(f"{option} has no meaning with the method {self.method}")
@@ -121,6 +130,11 @@ class TuneState(Strict):
         """The rank, the states or the tokens that are learned, where the method has such a number."""
         option, usual = self._sized
         return (getattr(self, option) if option else None) or usual
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Of the channels, and of the states of each, how many SDT learns."""
+        return self.sdt_channels or 0.01, self.sdt_states or 0.1
 
     def portable(self) -> "TuneState":
         """The step as records name it: without the paths of this machine."""

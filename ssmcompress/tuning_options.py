@@ -19,7 +19,9 @@ OffsetForm = Annotated[
 ]
 Rank = Annotated[
     int | None,
-    typer.Option("--rank", min=1, help="Of lora or a low-rank offset.", show_default="8; 1", rich_help_panel=WHAT),
+    typer.Option(
+        "--rank", min=1, help="Of lora, sdt or a low-rank offset.", show_default="8, 8; 1", rich_help_panel=WHAT
+    ),
 ]
 States = Annotated[
     int | None,
@@ -28,6 +30,18 @@ States = Annotated[
 Tokens = Annotated[
     int | None,
     typer.Option("--tokens", min=1, help="Of a prefix or prompt.", show_default="16", rich_help_panel=WHAT),
+]
+SdtChannels = Annotated[
+    float | None,
+    typer.Option("--sdt-channels", help="Share that sdt learns.", show_default="0.01", rich_help_panel=WHAT),
+]
+SdtStates = Annotated[
+    float | None,
+    typer.Option("--sdt-states", help="Of these, share of the states.", show_default="0.1", rich_help_panel=WHAT),
+]
+WarmUp = Annotated[
+    int | None,
+    typer.Option("--warm-up", min=1, help="Updates by which sdt chooses.", show_default="steps", rich_help_panel=WHAT),
 ]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="Of lora.", show_default="the rank", rich_help_panel=WHAT)]
 Targets = Annotated[
@@ -113,6 +127,9 @@ def _tuning_options(
     rank: Rank = None,
     states: States = None,
     tokens: Tokens = None,
+    sdt_channels: SdtChannels = None,
+    sdt_states: SdtStates = None,
+    warm_up: WarmUp = None,
     alpha: Alpha = None,
     targets: Targets = None,
     valid: Valid = None,

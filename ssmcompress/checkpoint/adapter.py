@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch
-from ssmcompress.checkpoint import learned, lora
+from ssmcompress.checkpoint import learned, lora, sdt
 from ssmcompress.checkpoint.fitting import CONFIG, GIVE, PICKLED, PREFIX, WEIGHTS
 from ssmcompress.checkpoint.shards import Shards, read_json
 from ssmcompress.errors import InputError, UnsupportedError
@@ -84,6 +84,7 @@ def attach(model: PreTrainedModel, arch: Arch, adapter: Adapter) -> None:
 
 KINDS: dict[str, Callable[[PreTrainedModel, Arch, Mapping[str, Any], Shards], None]] = {
     "LORA": lora.merge,
+    "SDT": sdt.merge,
     **dict.fromkeys(learned.METHODS, learned.put),
 }
 

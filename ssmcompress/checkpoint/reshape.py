@@ -14,6 +14,7 @@ from ssmcompress.checkpoint import adapter as adapters
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.fitting import CONFIG, PREFIX, WEIGHTS, require_layers
 from ssmcompress.checkpoint.output import TUNING, output
+from ssmcompress.checkpoint.sdt import DELTA
 from ssmcompress.checkpoint.shards import Shards, read_json
 from ssmcompress.checkpoint.source import headers, load, resolve
 from ssmcompress.errors import UnsupportedError
@@ -120,6 +121,11 @@ def _require_form(surgery: Surgery, names: Sequence[str]) -> None:
         raise UnsupportedError(
             "The edits take the states to another basis, in which the adapter's are not.",
             hint="Tune the smaller model anew: ssmcompress tune-state.",
+        )
+    if any(name.endswith(f".{DELTA}") for name in names):
+        raise UnsupportedError(
+            "An SDT adapter names the entries of weights that it changes, and the edits move those.",
+            hint="Fold it in first (ssmcompress apply ADAPTER MODEL), and apply the edits to that.",
         )
     if any(".extra." in name for name in names) and any(edit.axis == GROUP for edit in surgery.keeps):
         raise UnsupportedError(

@@ -2,6 +2,7 @@
 
 from ssmcompress.arch.base import Arch
 from ssmcompress.arch.tunable import install
+from ssmcompress.tune import sdt
 from ssmcompress.tune.examples import pairs
 from ssmcompress.tune.lora import wrap
 from ssmcompress.tuning import TuneState
@@ -16,6 +17,8 @@ def planned(step: TuneState, arch: Arch) -> int:
     for source in (step.data, step.valid, step.test):
         if source is not None:
             next(pairs(source, step), None)
+    if step.method == "sdt":
+        return sdt.count(arch, step)
     model = arch.build("meta")
     if step.method == "lora":
         learned = wrap(model, arch, step)[0]

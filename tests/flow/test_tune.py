@@ -16,6 +16,7 @@ from ssmcompress.arch.registry import arch_for
 from ssmcompress.checkpoint.source import load
 from ssmcompress.cli import main
 from ssmcompress.errors import InputError, RecipeError, UnsupportedError
+from ssmcompress.tune import sdt
 from ssmcompress.tune.lora import wrap
 from ssmcompress.tuning import TuneState
 
@@ -243,3 +244,48 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(data: Path, tmp_path: P
     for name in ("adapter_config.json", "adapter_model.safetensors", "tuning.json", "recipe.yaml"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
     assert not (tmp_path / "killed" / ".journal").exists()
+
+
+def test_sdt_changes_the_entries_that_it_chose_and_no_others(data: Path, tmp_path: Path) -> None:
+    options = {"method": "sdt", "sdt_channels": 0.02, "sdt_states": 0.2, "warm_up": 2, "rank": 2, "lr": 0.01}
+    out, again = (tuned(data, tmp_path / name, **options) for name in ("a", "b"))
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tuning.json"):
+        assert (out / name).read_bytes() == (again / name).read_bytes(), name
+    dense, found = (load("ref:mamba", adapter=each, dtype=torch.float32).model for each in ((), out))
+    before, after = dict(dense.named_parameters()), dict(found.named_parameters())
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split("mixer.")[-1] for name in moved} == {"A_log", "x_proj.weight", "out_proj.weight"}
+    for layer in range(6):
+        name = f"backbone.layers.{layer}.mixer.A_log"
+        changed = before[name] != after[name]
+        assert 0 < int(changed.any(1).sum()) <= 10 and int(changed.sum(1).max()) <= 3  # of 512 channels, 16 states
+        columns = (before[name.replace("A_log", "x_proj.weight")] != after[name.replace("A_log", "x_proj.weight")]).any(
+            0
+        )
+        assert int(columns.sum()) <= 10
+    record = json.loads((out / "tuning.json").read_text())
+    assert record["trainable"] == learned_by(options)
+    with pytest.raises(UnsupportedError, match="has one a head"):
+        tuned(data, tmp_path / "c", "ref:mamba2", method="sdt")
+
+
+def learned_by(options: dict[str, object]) -> int:
+    return sdt.count(load("ref:mamba").arch, TuneState.model_validate(options))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"channels": [4096, 1, 2, 3, 4, 5]}, "names no entries"),
+        ({"states": [[0, 1]]}, "names no entries"),
+        ({"channels": [-1]}, "entries: "),
+        ({"channels": [0], "states": [[0, 1]]}, "has shape"),
+    ],
+)
+def test_a_damaged_sdt_adapter_is_named(data: Path, tmp_path: Path, change: dict[str, object], words: str) -> None:
+    out = tuned(data, tmp_path / "a", method="sdt", warm_up=1, steps=1)
+    config = json.loads((out / "adapter_config.json").read_text())
+    config["entries"]["backbone.layers.1.mixer.A_log"] |= change
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=words):
+        load("ref:mamba", adapter=out)
