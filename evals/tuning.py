@@ -35,16 +35,19 @@ APART, MOST = 4.0, 4  # of one learning rate to the next, and how many of these 
 MODELS = ("mamba", "mamba2")
 METHODS: dict[str, dict[str, Any]] = {
     "state-offset": {"method": "state-offset"},
+    "output-offset": {"method": "output-offset"},
+    "lora, rank 8": {"method": "lora", "rank": 8},
+    "bitfit": {"method": "bitfit"},
+    "prefix": {"method": "prefix"},
+    "initial-state": {"method": "initial-state"},
+    "full": {"method": "full"},
     "state-offset, low-rank 1": {"method": "state-offset", "form": "low-rank"},
     "state-offset, per-head": {"method": "state-offset", "form": "per-head"},
-    "output-offset": {"method": "output-offset"},
-    "initial-state": {"method": "initial-state"},
-    "bitfit": {"method": "bitfit"},
-    "lora, rank 8": {"method": "lora", "rank": 8},
-    "full": {"method": "full"},
+    "sdt": {"method": "sdt"},
 }
 ALL = tuple(METHODS)
-MAIN = ("state-offset", "output-offset", "initial-state", "bitfit", "lora, rank 8", "full")
+MAIN = ALL[:7]
+ALONE = {"state-offset, per-head": "mamba2", "sdt": "mamba"}  # methods of one family
 
 
 @dataclass(frozen=True)
@@ -102,14 +105,14 @@ def main() -> None:
 
 def methods(task: str, model: str) -> Iterator[str]:
     """The methods that the model has."""
-    return (name for name in CASES[task].methods if model != "mamba" or METHODS[name].get("form") != "per-head")
+    return (name for name in CASES[task].methods if ALONE.get(name, model) == model)
 
 
 def measure(task: str, model: str, name: str, data: Path, found: dict[str, Any], path: Path, tell: Emit) -> None:
     """A learning rate by the validation examples, then the test with it; what is there is not measured again."""
     each = found.setdefault(name, {"validation": {}, "test": {}})
     method = METHODS[name]
-    usual = LORA_LR if method["method"] == "lora" else TUNABLE[method["method"]].usual
+    usual = TUNABLE[method["method"]].usual if method["method"] in TUNABLE else LORA_LR
 
     def bits(power: int) -> float:
         rate = f"{usual * APART**power:g}"
