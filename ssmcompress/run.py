@@ -120,7 +120,7 @@ def run(
         foresee(recipe)
     folder = expanded(out)
     if not overwrite and made_by(recipe, folder):
-        emit(Note(f"{out} holds this model already: only what is left to be learned and measured is done."))
+        emit(Note(f"{out} holds this model already: only what is left of learning and measuring it is done."))
         result = Result(folder, editing.load(folder / EDITS).items, None, None)
     else:
         result = _compress(recipe, out, overwrite=overwrite, measure=not (measured or no_eval), emit=emit)

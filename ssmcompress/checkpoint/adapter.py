@@ -76,7 +76,7 @@ def attach(model: PreTrainedModel, arch: Arch, adapter: Adapter) -> None:
     if not isinstance(kind, str):
         raise InputError(f"{path} has no peft_type.", hint=GIVE)
     if kind not in KINDS:
-        near = get_close_matches(kind.upper(), KINDS, n=1)
+        near = get_close_matches(kind.upper(), KINDS, n=1, cutoff=0.7)
         hint = f"Did you mean {near[0]!r}?" if near else f"Supported: {', '.join(KINDS)}."
         raise UnsupportedError(f"{path} gives peft_type as {kind!r}, which is not supported.", hint=hint)
     KINDS[kind](model, arch, config, Shards(adapter.folder, (WEIGHTS,)))
