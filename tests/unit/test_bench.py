@@ -1,6 +1,7 @@
 """The bench's pieces at a tiny shape: equal contestants, an honest rival, real peaks, and a whole quick run."""
 
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -118,3 +119,15 @@ def test_a_quick_run_of_the_tokens_measures_both_families(
     told = " ".join(capsys.readouterr().out.split())
     assert "mamba 32 anywhere" in told
     assert "mamba2 32 256" in told
+
+
+def test_a_quick_run_of_tuning_measures_every_method(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    spec = importlib.util.spec_from_file_location("bench_tuning", SCRIPTS / "tuning.py")
+    assert spec and spec.loader
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    bench.main(["--quick"])
+    told = " ".join(capsys.readouterr().out.split())
+    for method in (bench.STOCK, *bench.METHODS):
+        assert f"mamba, 2 layers, no head {method}" in told and f"mamba2 {method}" in told
