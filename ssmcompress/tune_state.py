@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -83,9 +84,10 @@ def tune_state(
 ) -> Tuned:
     """Learns an adapter from examples, keeps what is best on validation examples, and measures it on the test ones.
 
-    Options, with the defaults of the schema: method "state-offset"; form, rank; alpha, targets (lora); data, valid,
-    test, split, prompt, completion, length 512; steps 300, lr, batch_size 8, accumulate 1, every; objective "ce" |
-    "distill" with teacher and hidden; checkpointing.
+    Options, with the defaults of the schema: method "state-offset"; form, rank; states (additional-scan); tokens
+    (prefix, prompt); sdt_channels, sdt_states, warm_up; alpha, targets (lora); data, the shipped calibration text,
+    valid, test, split, prompt, completion, length 512; steps 300, lr, batch_size 8, accumulate 1, every; objective
+    "ce" | "distill" with teacher and hidden; checkpointing.
 
     With `adapter`, one or several, what is learned belongs on top of it. Asked for again, an interrupted run goes on
     from its last look at the validation examples. Raises RecipeError or InputError for what was given,
@@ -115,19 +117,22 @@ def tune_state(
             rate = step.lr or (TUNABLE[step.method].usual if step.method in TUNABLE else LORA_LR)
             fitting: dict[str, Any] = {"lr": rate, "seed": seed, "emit": tell}
             fitting |= {"train": splits.train.items, "valid": splits.valid.items}
+            choice: sdt.Choice = {}
             if step.method == "sdt":
-                first = load(source, adapter=[each.folder for each in below], **loading)
-                choice = _chosen(first, step, teacher, store, fitting)
+                again = partial(load, source, adapter=[each.folder for each in below], **loading)
+                choice = _chosen(again, step, teacher, store, fitting)
             torch.manual_seed(seed)
-            learned = _sdt(checkpoint, step, choice) if step.method == "sdt" else _learned(checkpoint, step)
+            learned = _learned(checkpoint, step, choice)
             _tell_learned(checkpoint, step, learned.pack(), tell)
             objective = Objective(checkpoint.model, teacher, step.hidden or 0.0)
             course = fit(objective, learned.tensors, step=step, store=store, **fitting)
             stored = learned.pack()
             adapters.save(folder, learned.config | {"base_model_name_or_path": label}, stored)
-            again = load(source, adapter=[*(each.folder for each in below), folder], **loading)
-            difference = agree(again.model, checkpoint.model)
-            change = record.Change(split, before, _score(again, reported.items, step, seed), judged(again, step, tell))
+            reread = load(source, adapter=[*(each.folder for each in below), folder], **loading)
+            difference = agree(reread.model, checkpoint.model)
+            change = record.Change(
+                split, before, _score(reread, reported.items, step, seed), judged(reread, step, tell)
+            )
             made = record.Tuning(
                 base=base,
                 method=step.method,
@@ -200,8 +205,11 @@ class _Learnable:
     pack: Callable[[], Mapping[str, Tensor]]
 
 
-def _learned(checkpoint: Checkpoint, step: TuneState) -> _Learnable:
-    """What a method learns."""
+def _learned(checkpoint: Checkpoint, step: TuneState, choice: sdt.Choice) -> _Learnable:
+    """What a method learns: SDT of what it has chosen."""
+    if step.method == "sdt":
+        found, pack = sdt.install(checkpoint.model, checkpoint.arch, step, choice)
+        return _Learnable(found, sdt.config(step, choice), pack)
     if step.method == "lora":
         found, config = wrap(checkpoint.model, checkpoint.arch, step)
         return _Learnable(found, config, lambda: found)
@@ -213,17 +221,13 @@ def _learned(checkpoint: Checkpoint, step: TuneState) -> _Learnable:
     return _Learnable(found, Learned.of(step.method, form, step.size), lambda: found)
 
 
-def _sdt(checkpoint: Checkpoint, step: TuneState, choice: sdt.Choice) -> _Learnable:
-    found, pack = sdt.install(checkpoint.model, checkpoint.arch, step, choice)
-    return _Learnable(found, sdt.config(step, choice), pack)
-
-
 def _chosen(
-    checkpoint: Checkpoint, step: TuneState, teacher: nn.Module | None, store: Path, fitting: dict[str, Any]
+    again: Callable[[], Checkpoint], step: TuneState, teacher: nn.Module | None, store: Path, fitting: dict[str, Any]
 ) -> sdt.Choice:
     """The entries that SDT learns, by a first run; a run that goes on has chosen already."""
     kept_at = store / "choice.safetensors"
     if not kept_at.exists():
+        checkpoint = again()
         torch.manual_seed(fitting["seed"])
         found = sdt.warm_up(checkpoint.model, checkpoint.arch, step)
         _require_fine(step, found, checkpoint)
