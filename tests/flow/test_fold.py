@@ -14,7 +14,7 @@ from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.events import Note
 from tests.flow.test_tune import logits
 
-TUNE = {"steps": 2, "every": 2, "length": 64}
+TUNE = {"steps": 1, "length": 64}
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_zeros_that_are_filled_are_told(tmp_path: Path) -> None:
 def test_edits_of_a_model_make_its_adapter_smaller(tmp_path: Path) -> None:
     ssmcompress.prune("ref:mamba", axis="state", keep=0.5, out=tmp_path / "small", no_eval=True)
     edits = tmp_path / "small" / "edits.safetensors"
-    for method, smaller in (("state-offset", True), ("output-offset", False), ("lora", True)):
+    for method in ("state-offset", "lora"):
         ssmcompress.tune_state("ref:mamba", method=method, out=tmp_path / method, **TUNE)
         out = ssmcompress.apply(edits, str(tmp_path / method), out=tmp_path / f"{method}-small")
         before, after = (entries(folder) for folder in (tmp_path / method, out))
-        assert (after < before) == smaller
+        assert after < before
         config = json.loads((out / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == "small"
         changed = logits(tmp_path / "small", out) - logits(tmp_path / "small")

@@ -177,7 +177,7 @@ def test_a_damaged_config_is_named(data: Path, tmp_path: Path, change: dict[str,
     ("options", "kind", "words"),
     [
         ({"method": "state-ofset"}, RecipeError, "did you mean 'state-offset'"),
-        ({"rank": 2}, RecipeError, "rank has no meaning with the method state-offset: it is for lora, low-rank"),
+        ({"rank": 2}, RecipeError, "rank has no meaning with the method state-offset: it is for lora, sdt, low-rank"),
         ({"method": "prefix", "states": 2}, RecipeError, "states has no meaning .*: it is for additional-scan"),
         ({"method": "lora", "form": "full"}, RecipeError, "form has no meaning with the method lora"),
         ({"method": "bitfit", "targets": ("in_proj",)}, RecipeError, "targets has no meaning"),
