@@ -3,8 +3,10 @@
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -12,6 +14,7 @@ from ssmcompress.arch.base import Arch
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.errors import InputError
 
+Config = TypeVar("Config", bound=BaseModel)
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every tensor name in a PEFT file
 LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -23,6 +26,15 @@ def made_for(config: Mapping[str, Any]) -> str:
     """Whom an adapter was made for, as a hint."""
     base = config.get("base_model_name_or_path")
     return f"The adapter was made for {base if base and isinstance(base, str) else 'another model'}."
+
+
+def read_config(kind: type[Config], config: Mapping[str, Any], path: Path) -> Config:
+    """What an adapter's config says, as it is written; InputError for a value that will not do."""
+    try:
+        return kind.model_validate(config, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path}: {first['loc'][0]}: {first['msg']}.", hint=GIVE) from None
 
 
 def require_layers(weights: Shards, arch: Arch, hint: str) -> None:

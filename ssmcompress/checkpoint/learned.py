@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch
 from ssmcompress.arch.tunable import TUNABLE, install
-from ssmcompress.checkpoint.fitting import CONFIG, GIVE, PREFIX, made_for, require_layers, require_match
+from ssmcompress.checkpoint.fitting import CONFIG, GIVE, PREFIX, made_for, read_config, require_layers, require_match
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.errors import InputError
 
@@ -66,11 +66,7 @@ def _size_key(method: str, form: str) -> str | None:
 def put(model: PreTrainedModel, arch: Arch, config: Mapping[str, Any], weights: Shards) -> None:
     """Puts what was learned where it belongs; InputError where it does not fit the model."""
     path, hint = weights.folder / CONFIG, made_for(config)
-    try:
-        said = Learned.model_validate(config, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path}: {first['loc'][0]}: {first['msg']}.", hint=GIVE) from None
+    said = read_config(Learned, config, path)
     size = said.size(path)
     require_layers(weights, arch, hint)
     learned = install(model, arch, METHODS[said.peft_type], said.form, size)

@@ -7,13 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch
 from ssmcompress.checkpoint import layout
-from ssmcompress.checkpoint.fitting import CONFIG, GIVE, PREFIX, WEIGHTS, made_for, require_match, require_modules
+from ssmcompress.checkpoint.fitting import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    made_for,
+    read_config,
+    require_match,
+    require_modules,
+)
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.errors import BackendError, InputError, UnsupportedError
 
@@ -60,11 +68,7 @@ class _Lora(BaseModel):
                 f"{path} gives init_lora_weights as {begun!r}, which also changes the weights of the model.",
                 hint="Save it as a plain LoRA: save_pretrained with path_initial_model_for_weight_conversion.",
             )
-        try:
-            return cls.model_validate(config, strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(f"{path}: {first['loc'][0]}: {first['msg']}.", hint=GIVE) from None
+        return read_config(cls, config, path)
 
     def options(self) -> dict[str, Any]:
         """What `peft.LoraConfig` takes; the values come from the file, so none are drawn."""

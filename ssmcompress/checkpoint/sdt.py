@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import DECAYS, Arch
-from ssmcompress.checkpoint.fitting import CONFIG, GIVE, PREFIX, made_for, require_layers, require_match
+from ssmcompress.checkpoint.fitting import CONFIG, PREFIX, made_for, read_config, require_layers, require_match
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.errors import InputError
 
@@ -44,11 +44,7 @@ class _Sdt(BaseModel):
 def merge(model: PreTrainedModel, arch: Arch, config: Mapping[str, Any], weights: Shards) -> None:
     """Adds an SDT adapter (Galim et al., 2024) to the weights, in place; InputError where it does not fit the model."""
     path, hint = weights.folder / CONFIG, made_for(config)
-    try:
-        said = _Sdt.model_validate(config, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path}: {first['loc'][0]}: {first['msg']}.", hint=GIVE) from None
+    said = read_config(_Sdt, config, path)
     require_layers(weights, arch, hint)
     layers = [layer for layer in range(arch.layers) if arch.has_scan(layer)]
     for layer in layers:
