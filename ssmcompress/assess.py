@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ssmcompress import parallel
 from ssmcompress.checkpoint import manifest
 from ssmcompress.checkpoint.source import resolve
 from ssmcompress.errors import InputError
@@ -53,7 +54,8 @@ def assess(recipe: Recipe, folder: Path, adapters: Sequence[Path] = (), emit: Em
     )
     strict = gate is not None and gate.strict
     judged = [results / name for name in of if not (adapters and gate and name == COMPRESSED)]
-    compare(*judged, max_drop=bounds, strict=strict, out=results / COMPARISON, overwrite=True, emit=emit)
+    if parallel.first():
+        compare(*judged, max_drop=bounds, strict=strict, out=results / COMPARISON, overwrite=True, emit=emit)
 
 
 def made_by(recipe: Recipe, folder: Path) -> bool:

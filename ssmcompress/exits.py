@@ -12,8 +12,9 @@ from typing import NoReturn
 
 import typer
 
+from ssmcompress import parallel
 from ssmcompress.errors import ResourceError, SsmcompressError, out_of_memory
-from ssmcompress.events import Emit, Failed, JsonLines, Terminal
+from ssmcompress.events import Emit, Failed, JsonLines, Terminal, ignore
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 RESOURCES = {
@@ -28,9 +29,9 @@ RESOURCES = {
 
 @contextmanager
 def telling(json: bool) -> Iterator[Emit]:
-    """A listener for the work inside, whose errors become sentences and exit codes."""
+    """A listener for the work inside, whose errors become sentences and exit codes; the first process alone tells."""
     terminal = Terminal()
-    emit: Emit = JsonLines(sys.stdout) if json else terminal
+    emit: Emit = (JsonLines(sys.stdout) if json else terminal) if parallel.first() else ignore
     try:
         with terminal:
             yield emit

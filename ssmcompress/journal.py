@@ -1,14 +1,16 @@
 """What an unfinished run has already found, layer by layer, so that the next one goes on from there."""
 
 from collections.abc import Iterator, MutableMapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ssmcompress import edits as editing
+from ssmcompress import parallel
 from ssmcompress.checkpoint.output import kept
 from ssmcompress.edits import Edit
+from ssmcompress.events import Emit, JsonLines, fan, ignore
 
-FOLDER = ".journal"
+FOLDER, EVENTS = ".journal", "events.jsonl"
 NONE = "none"
 TOLD = 16  # digits of the hash that names of files hold
 
@@ -16,8 +18,8 @@ TOLD = 16  # digits of the hash that names of files hold
 class Journal:
     """The finished layers of each step, in the unfinished folder of a run."""
 
-    def __init__(self, folder: Path, events: str) -> None:
-        self.folder, self.events = folder / FOLDER, events
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FOLDER
         self.tokens = NONE
         self.folder.mkdir(exist_ok=True)
 
@@ -25,17 +27,30 @@ class Journal:
         """Drops the layers that were found with other calibration tokens (by hash, "" for none); returns how many."""
         self.tokens = tokens[:TOLD] or NONE
         stale = [path for path in self.folder.iterdir() if not path.name.startswith(f"{self.tokens}-")]
-        for path in stale:
+        parallel.wait()
+        for path in stale if parallel.first() else ():
             path.unlink()
+        parallel.wait()
         return sum(path.suffix == ".safetensors" for path in stale)
 
-    def step(self, index: int) -> "Layers":
-        """The finished layers of a step."""
-        return Layers(self.folder, f"{self.tokens}-step-{index}-layer-")
+    def step(self, index: int) -> MutableMapping[int, list[Edit]]:
+        """The finished layers of a step, to which the first process alone adds for a later run."""
+        found = Layers(self.folder, f"{self.tokens}-step-{index}-layer-")
+        return found if parallel.first() else dict(found)
 
     def kept(self) -> AbstractContextManager[None]:
         """When the work inside is whole nothing of the journal stays; when it fails, only the journal does."""
-        return kept(self.folder, self.events)
+        return kept(self.folder, EVENTS)
+
+
+@contextmanager
+def listener(folder: Path, emit: Emit) -> Iterator[Emit]:
+    """A listener that passes on what it is told, and writes it down in the folder; of many processes the first does."""
+    if not parallel.first():
+        yield ignore
+        return
+    with JsonLines(folder / EVENTS) as lines:
+        yield fan(emit, lines)
 
 
 class Layers(MutableMapping[int, list[Edit]]):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from ssmcompress import edits as editing
+from ssmcompress import parallel
 from ssmcompress.arch.backbone import dense
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.calib import data
@@ -32,7 +33,10 @@ def edit(
     checkpoint: Checkpoint, recipe: Recipe, windows: data.Windows | None, tell: Emit, journal: Journal
 ) -> tuple[list[Edit], Checkpoint]:
     """The edits of all steps, in terms of the source, and what they make of it: the model at hand is used up."""
-    stored, ids = checkpoint.stored, None if windows is None else windows.ids.to(recipe.device)
+    stored, ids = checkpoint.stored, None
+    if windows is not None:
+        parallel.require(len(windows.ids), "calibration windows")
+        ids = parallel.share(windows.ids).to(checkpoint.model.device)
     if dropped := journal.calibrate("" if windows is None else windows.sha256):
         tell(Note(f"The calibration tokens are not those of the earlier run: the layers it finished ({dropped}) go."))
     shapes = {name: stored.shape(name) for name in stored}

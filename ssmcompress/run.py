@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssmcompress import edits as editing
-from ssmcompress import record
+from ssmcompress import parallel, record
 from ssmcompress.arch.mixer import mixers
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.assess import assess, foresee, made_by
@@ -28,8 +28,8 @@ from ssmcompress.checkpoint.verify import Verification, require_finite, verify
 from ssmcompress.edits import Edit, Replace
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.evaluate.evaluation import compute_dtype
-from ssmcompress.events import Emit, Finished, JsonLines, Note, fan, ignore
-from ssmcompress.journal import Journal
+from ssmcompress.events import Emit, Finished, Note, ignore
+from ssmcompress.journal import Journal, listener
 from ssmcompress.making import calibrating, dtype_of, edit, edited_by
 from ssmcompress.measure.glance import CONTEXT, Glance, glance, tell_change
 from ssmcompress.paths import expanded
@@ -41,7 +41,7 @@ from ssmcompress.recipes import parse, read
 from ssmcompress.steps import ReduceTokens
 from ssmcompress.tune.plan import planned
 
-EDITS, EVENTS = "edits.safetensors", "events.jsonl"
+EDITS = "edits.safetensors"
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,11 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
     reduced = expected.surgery.policy is not None
     origin = manifest.describe(source)
     told, key = written_out(arch, recipe.portable(source.label)), _key(recipe, origin, measure)
-    with output(out, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
+    writing: dict[str, Any] = {"overwrite": overwrite, "recipe_hash": key, "source": source}
+    with output(out, resumable=True, together=True, **writing) as folder:
         require_space(folder, sum(tensor.nbytes for tensor in Shards(source.folder).meta().values()))
-        journal = Journal(folder, EVENTS)
-        with journal.kept(), JsonLines(folder / EVENTS) as lines:
-            tell = fan(emit, lines)
+        journal = Journal(folder)
+        with journal.kept(), listener(folder, emit) as tell:
             if not expected.stock:
                 tell_format(stock=False, emit=tell)
             checkpoint = _load(source, recipe, tell)
@@ -169,9 +169,13 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
             before = _look(checkpoint, recipe, tell, reduced=reduced) if measure else None
             found, edited = edit(checkpoint, recipe, windows, tell, journal)
             calibration = record.described(windows)
-            editing.save(found, folder / EDITS, _said(told, checkpoint, found, calibration))
-            zeros, verification = _write(checkpoint, edited, found, folder, recipe)
+            if parallel.first():
+                editing.save(found, folder / EDITS, _said(told, checkpoint, found, calibration))
+                zeros, verification = _write(checkpoint, edited, found, folder, recipe)
+            parallel.wait()
             after = _look(_reload(folder, recipe), recipe, tell, reduced=reduced) if before is not None else None
+            if not parallel.first():
+                return Result(Path(out), tuple(found), before, after)
             if before is not None and after is not None:
                 tell_change(before, after, tell)
             tensors = coverage(checkpoint.arch, checkpoint.stored, found, recipe.made, zeros)
@@ -218,8 +222,7 @@ def apply(
     recipe = parse(loaded.metadata.get("recipe", ""), "the recipe in the edits")
     calibration = _told(loaded.metadata.get("calibration", "null"))
     with output(out, overwrite=overwrite, source=source) as folder:
-        with JsonLines(folder / EVENTS) as lines:
-            tell = fan(emit, lines)
+        with listener(folder, emit) as tell:
             checkpoint = load(source, dtype=torch.float32, backend=backend)
             require_finite(checkpoint)
             _require_same(loaded, checkpoint, tell)

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ssmcompress import parallel
 from ssmcompress.arch.base import DECAYS
 from ssmcompress.arch.tunable import TUNABLE, install
 from ssmcompress.checkpoint import adapter as adapters
@@ -24,19 +25,18 @@ from ssmcompress.checkpoint.source import Checkpoint, load, resolve
 from ssmcompress.checkpoint.verify import agree, require_finite
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.evaluate.evaluation import compute_dtype, require_seed, required_tokenizer
-from ssmcompress.events import Emit, Finished, JsonLines, Metric, Note, Table, fan, ignore
-from ssmcompress.journal import FOLDER
+from ssmcompress.events import Emit, Finished, Metric, Note, Table, ignore
+from ssmcompress.journal import EVENTS, FOLDER, listener
 from ssmcompress.recipe import TuneOptions, tuning
 from ssmcompress.record import RECIPE
 from ssmcompress.tune import examples, record, sdt
 from ssmcompress.tune.examples import Example, Examples
-from ssmcompress.tune.fit import fit, score
+from ssmcompress.tune.fit import RUNS, fit, require_tracker, score
 from ssmcompress.tune.judge import judged
 from ssmcompress.tune.lora import wrap
 from ssmcompress.tune.objective import Objective
 from ssmcompress.tuning import TuneState
 
-EVENTS = "events.jsonl"
 LORA_LR = 2e-3  # to begin with, as those of `arch.tunable`
 
 
@@ -78,6 +78,7 @@ def tune_state(
     device: str = "cpu",
     dtype: str = "auto",
     backend: str = "auto",
+    tracker: str | None = None,
     overwrite: bool = False,
     emit: Emit = ignore,
     **options: Unpack[TuneOptions],
@@ -89,12 +90,14 @@ def tune_state(
     valid, test, split, prompt, completion, length 512; steps 300, lr, batch_size 8, accumulate 1, every; objective
     "ce" | "distill" with teacher and hidden; checkpointing.
 
-    With `adapter`, one or several, what is learned belongs on top of it. Asked for again, an interrupted run goes on
-    from its last look at the validation examples. Raises RecipeError or InputError for what was given,
-    UnsupportedError for a model that has nothing to learn so.
+    With `adapter`, one or several, what is learned belongs on top of it. A `tracker` of experiments is one that the
+    Trainer knows. Asked for again, an interrupted run goes on from its last look at the validation examples. Of several
+    processes each reads its share of every batch. Raises RecipeError or InputError for what was given,
+    UnsupportedError for a model that has nothing to learn so, BackendError for a tracker that is not installed.
     """
     require_seed(seed)
     step = tuning(options)
+    require_tracker(tracker)
     source = resolve(model)
     below = adapters.find_all(adapter)
     base = manifest.describe(source, below)
@@ -102,11 +105,11 @@ def tune_state(
     label = " + ".join((source.label, *(each.label for each in below)))
     told = record.said(step.portable(), model=label, **how)
     key = _key(told, base, step)
-    with output(out, marked=TUNING, overwrite=overwrite, recipe_hash=key, resumable=True, source=source) as folder:
+    writing: dict[str, Any] = {"overwrite": overwrite, "recipe_hash": key, "source": source}
+    with output(out, marked=TUNING, resumable=True, together=True, **writing) as folder:
         store = folder / FOLDER
         store.mkdir(exist_ok=True)
-        with kept(store, EVENTS), JsonLines(folder / EVENTS) as lines:
-            tell = fan(emit, lines)
+        with kept(store, EVENTS), listener(folder, emit) as tell:
             loading: dict[str, Any] = {"dtype": compute_dtype(dtype, device), "device": device, "backend": backend}
             checkpoint = load(source, adapter=[each.folder for each in below], **loading)
             require_finite(checkpoint)
@@ -115,7 +118,7 @@ def tune_state(
             split, reported = splits.reported
             before = _score(checkpoint, reported.items, step, seed)
             rate = step.lr or (TUNABLE[step.method].usual if step.method in TUNABLE else LORA_LR)
-            fitting: dict[str, Any] = {"lr": rate, "seed": seed, "emit": tell}
+            fitting: dict[str, Any] = {"lr": rate, "seed": seed, "tracker": tracker, "emit": tell}
             fitting |= {"train": splits.train.items, "valid": splits.valid.items}
             choice: sdt.Choice = {}
             if step.method == "sdt":
@@ -127,7 +130,11 @@ def tune_state(
             objective = Objective(checkpoint.model, teacher, step.hidden or 0.0)
             course = fit(objective, learned.tensors, step=step, store=store, **fitting)
             stored = learned.pack()
-            adapters.save(folder, learned.config | {"base_model_name_or_path": label}, stored)
+            if parallel.first():
+                if (store / RUNS).is_dir():
+                    (store / RUNS).rename(folder / RUNS)
+                adapters.save(folder, learned.config | {"base_model_name_or_path": label}, stored)
+            parallel.wait()
             reread = load(source, adapter=[*(each.folder for each in below), folder], **loading)
             difference = agree(reread.model, checkpoint.model)
             change = record.Change(
@@ -148,9 +155,10 @@ def tune_state(
                 versions=manifest.versions(),
             )
             _tell_change(change, course.best, tell)
-        recipe = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
-        (folder / RECIPE).write_text(recipe, encoding="utf-8")
-        record.write(folder, made, course, change, recipe)
+        if parallel.first():
+            recipe = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+            (folder / RECIPE).write_text(recipe, encoding="utf-8")
+            record.write(folder, made, course, change, recipe)
     emit(Finished(str(out)))
     return Tuned(Path(out), made, change)
 
@@ -237,8 +245,10 @@ def _chosen(
         place.mkdir(exist_ok=True)
         fit(Objective(checkpoint.model, teacher, step.hidden or 0.0), found, step=first, store=place, **fitting)
         choice = sdt.choose(before, {name: found[name].detach() for name in before}, step)
-        save_file(choice, kept_at.with_suffix(".partial"))
-        kept_at.with_suffix(".partial").rename(kept_at)
+        if parallel.first():
+            save_file(choice, kept_at.with_suffix(".partial"))
+            kept_at.with_suffix(".partial").rename(kept_at)
+        parallel.wait()
     return load_file(kept_at)
 
 

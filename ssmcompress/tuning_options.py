@@ -113,6 +113,10 @@ Hidden = Annotated[
         "--hidden", help="Weight of the distance of hidden states to the teacher's.", rich_help_panel=TRAINING
     ),
 ]
+Tracker = Annotated[
+    str | None,
+    typer.Option("--tracker", metavar="NAME", help="tensorboard, wandb, … hears of it.", rich_help_panel=TRAINING),
+]
 Checkpointing = Annotated[
     bool,
     typer.Option("--checkpointing", help="Less memory, a third more time.", rich_help_panel=COMPUTE),
@@ -149,6 +153,7 @@ def _tuning_options(
     teacher: Teacher = None,
     hidden: Hidden = None,
     checkpointing: Checkpointing = False,
+    tracker: Tracker = None,
     json: Json = False,
     seed: Seed = 0,
     device: Device = "cpu",

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ssmcompress import parallel
 from ssmcompress.errors import InputError, UnsupportedError
 
 ROWS = 1024  # tokens widened to float64 at a time
@@ -34,6 +35,11 @@ class Statistic(ABC):
             raise ValueError(f"a statistic of width {other.width} where {self.width} is expected")
         self.total = self.total + other.total.to(self.total.device)
         self.count += other.count
+
+    def gather(self) -> None:
+        """Takes in what the other processes have seen."""
+        self.total = parallel.total(self.total)
+        self.count = int(parallel.total(torch.tensor(self.count)))
 
     def require_fired(self, name: str) -> None:
         """Raises UnsupportedError if no token was seen, InputError if one was not finite."""

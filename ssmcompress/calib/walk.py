@@ -76,5 +76,6 @@ class Walk:
                 hint="Pruning it would be blind; leave it out with --exclude.",
             )
         for module, statistic in statistics.items():
+            statistic.gather()
             statistic.require_fired(f"{module} of layer {layer}")
         return statistics, first

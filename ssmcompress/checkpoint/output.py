@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from ssmcompress import parallel
 from ssmcompress.arch.pruned import CODE, auto_map
 from ssmcompress.checkpoint import shards
 from ssmcompress.checkpoint.layout import EMBEDDING
@@ -64,19 +65,28 @@ def output(
     recipe_hash: str = "",
     resumable: bool = False,
     whatever_fails: bool = False,
+    together: bool = False,
     source: Source | None = None,
 ) -> Iterator[Path]:
     """Yields the empty folder `DIR.partial` to write into: it becomes DIR when the block ends, vanishes when it fails.
 
     Resumable, it stays after an interrupt or where the machine ran out of something, or indeed `whatever_fails`, and a
     later call of the same recipe hash finds it as it was left. `marked` is the file by which an output of this kind is
-    known: only another of the same kind is replaced. Raises InputError where DIR exists and may not be replaced,
-    ResourceError for a second writer, a full disk or no permission.
+    known: only another of the same kind is replaced. Several processes may be in the block `together`: the first, which
+    alone may write there, prepares and renames it, and the others wait. Raises InputError where DIR exists and may not
+    be replaced, ResourceError for a second writer, a full disk or no permission.
     """
     final = expanded(folder).resolve()
     if final == final.parent or any(parent.exists() and not parent.is_dir() for parent in final.parents):
         raise InputError(f"{folder} cannot be a folder of its own.", hint="Choose another --out.")
     partial, aside = final.with_name(final.name + ".partial"), final.with_name(final.name + ".replaced")
+    if not parallel.first():
+        if not together:
+            raise InputError("One process does this alone.", hint="Start it without torchrun or accelerate.")
+        parallel.wait()
+        yield partial
+        parallel.wait()
+        return
     with _lacking(final):
         _make(final.parent)
         with _lock(final):
@@ -85,10 +95,14 @@ def output(
                 shutil.rmtree(aside) if final.exists() else aside.rename(final)
             _permit(final, marked, overwrite, source)
             _prepare(partial, recipe_hash if resumable else "")
+            if together:
+                parallel.wait()
             try:
                 yield partial
                 _replace(final, partial, aside)
                 (final / MARKER).unlink(missing_ok=True)  # only now: without it nobody could go on with the folder
+                if together:
+                    parallel.wait()
             except BaseException as error:
                 worth = any(path.name != MARKER for path in partial.iterdir()) if partial.exists() else False
                 if not (resumable and recipe_hash and worth and (whatever_fails or _passing(error))):
@@ -102,6 +116,9 @@ def kept(store: Path, *beside: str) -> Iterator[None]:
 
     Half-written weights are of no use to the run that goes on from there, and may be what filled the disk.
     """
+    if not parallel.first():
+        yield
+        return
     try:
         yield
     except BaseException:

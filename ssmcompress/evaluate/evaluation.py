@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from ssmcompress import parallel
 from ssmcompress.arch.mixer import mixers
 from ssmcompress.checkpoint.adapter import Given, find_all
 from ssmcompress.checkpoint.manifest import describe, versions
@@ -138,8 +139,9 @@ def evaluate(
                 tasks=scores,
                 **(harness.record(seed) if harness else {}),
             )
-            summary.write(folder, likelihood, recall_items(memory) + items)
-            if speed or against:
+            if parallel.first():
+                summary.write(folder, likelihood, recall_items(memory) + items)
+            if parallel.first() and (speed or against):
                 _speed(checkpoint, against, asked, lengths, folder, emit)
     if out is not None:
         emit(Finished(str(out)))
@@ -224,7 +226,7 @@ def _folder(out: str | Path | None, writing: dict[str, Any]) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     else:
-        with output(out, resumable=True, whatever_fails=True, **writing) as folder:
+        with output(out, resumable=True, whatever_fails=True, together=True, **writing) as folder:
             yield folder
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ssmcompress import parallel
 from ssmcompress.checkpoint.output import kept
 from ssmcompress.events import Emit, Note
 
@@ -24,11 +25,15 @@ class Measures:
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure` returns, in JSON's types; it is called where no earlier run has finished it."""
         path = self._folder / f"{name.replace('/', '__')}.json"
-        if not _whole(path):
+        if _whole(path):
+            return json.loads(path.read_text(encoding="utf-8"))
+        found = json.dumps(measure(), allow_nan=False)
+        if parallel.first():
             part = path.with_suffix(".part")
-            part.write_text(json.dumps(measure(), allow_nan=False), encoding="utf-8")
+            part.write_text(found, encoding="utf-8")
             part.rename(path)
-        return json.loads(path.read_text(encoding="utf-8"))
+        parallel.wait()
+        return json.loads(found)
 
     @contextmanager
     def kept(self, *beside: str) -> Iterator[None]:

@@ -23,6 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ssmcompress import parallel
 from ssmcompress.arch.backbone import reduces
 from ssmcompress.checkpoint.source import Checkpoint
 from ssmcompress.errors import InputError, ResourceError, SsmcompressError
@@ -95,7 +96,8 @@ class Harness:
 
         Raises InputError where the model gives no number, ResourceError where the files cannot be written.
         """
-        shutil.rmtree(place, ignore_errors=True)
+        if parallel.first():
+            shutil.rmtree(place, ignore_errors=True)
         tracker = EvaluationTracker(output_path=str(place))
         with _readable(entry.task), quiet(emit) as (told, said), _tame():
             try:
@@ -120,10 +122,12 @@ class Harness:
                 raise _unfit(entry.task, "fails in code of its own", error) from error
             result = scored(found, entry)
             samples = found.pop("samples")
-            tracker.save_results_aggregated(results=found, samples=samples)
-            for name in samples:
-                tracker.save_results_samples(task_name=name, samples=samples[name])
-        _require_files(place, {name: len(rows) for name, rows in samples.items()}, said)
+            if parallel.first():
+                tracker.save_results_aggregated(results=found, samples=samples)
+                for name in samples:
+                    tracker.save_results_samples(task_name=name, samples=samples[name])
+        if parallel.first():
+            _require_files(place, {name: len(rows) for name, rows in samples.items()}, said)
         for score in result.scores:
             if not math.isfinite(score.value):
                 raise no_number(checkpoint.name, entry.task)
@@ -143,18 +147,24 @@ class Model(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihoods in nats of continuations, and whether each is the greedy one."""
-        self._emit(Phase(self._task, len(requests)))
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        mine = self._begin(requests)
+        return parallel.gathered(super().loglikelihood(mine, disable_tqdm=disable_tqdm))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihoods in nats of whole texts, each token predicted once."""
-        self._emit(Phase(self._task, len(requests)))
-        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        mine = self._begin(requests)
+        return parallel.gathered(super().loglikelihood_rolling(mine, disable_tqdm=disable_tqdm))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Continuations up to a stop string."""
-        self._emit(Phase(self._task, len(requests)))
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        mine = self._begin(requests)
+        return parallel.gathered(super().generate_until(mine, disable_tqdm=disable_tqdm))
+
+    def _begin(self, requests: list[Any]) -> list[Any]:
+        """The requests that are this process's."""
+        mine: list[Any] = parallel.share(requests)
+        self._emit(Phase(self._task, len(mine)))
+        return mine
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **settings: Any) -> list[tuple[float, bool]]:
         """As lm-eval does it; where tokens leave, so that none leaves whose prediction is scored."""
@@ -207,9 +217,12 @@ class _Numbers(LogitsProcessor):
 
 @contextmanager
 def _tame() -> Iterator[None]:
-    """No pool of processes for the bootstrap: a fork beside threads may hang; no git that complains on the terminal."""
+    """No pool of processes for the bootstrap: a fork beside threads may hang; no git that complains on the terminal.
+
+    Of several processes, which share every task's requests, lm-eval would let the first alone have the results.
+    """
     commit = patch("lm_eval.evaluator.get_git_commit_hash", lambda: get_commit_from_path(Path.cwd()))
-    with patch.dict("os.environ", DISABLE_MULTIPROC="1"), commit:
+    with patch.dict("os.environ", DISABLE_MULTIPROC="1", LOCAL_RANK="0"), commit:
         yield
 
 

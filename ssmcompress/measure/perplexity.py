@@ -4,12 +4,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from ssmcompress import parallel
 from ssmcompress.arch.backbone import passed, protect, reduces
 from ssmcompress.errors import InputError
 from ssmcompress.events import Advance, Emit, Note, Phase, ignore
@@ -95,16 +96,17 @@ def perplexity(
     device = next(model.parameters()).device
     # windows of one length share a batch, so that nothing is padded and no row depends on its batch
     order = sorted(range(len(parts)), key=lambda i: (-len(parts[i][0]), i))
-    read_by: list[np.ndarray] = []
-    emit(Phase("perplexity", len(parts)))
-    for group in _groups(order, parts, batch):
+    read_by = np.zeros(len(cast(Any, model).backbone.layers)) if reduces(model) else None
+    mine = parallel.share(_groups(order, parts, -(-batch // parallel.size())))
+    emit(Phase("perplexity", sum(map(len, mine))))
+    for group in mine:
         rows = torch.tensor([[start, *parts[i][0]] for i in group], device=device)
         read = torch.tensor([parts[i][1] for i in group], device=device)
         scored = torch.arange(rows.shape[1] - 1, device=device) >= read[:, None]
         with protect(model, scored):
             logits = model(rows[:, :-1], use_cache=False).logits.float()
-        if reduces(model):
-            read_by.append(passed(model))
+        if read_by is not None:
+            read_by += passed(model)
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
         losses = losses.double().view_as(scored).masked_fill(~scored, 0.0)
         for i, loss in zip(group, losses.sum(1).tolist(), strict=True):
@@ -112,9 +114,12 @@ def perplexity(
         emit(Advance(len(group)))
     if len(sizes) == 1:
         emit(Note("One document: no interval.", "warning"))
+    nats = parallel.total(torch.from_numpy(nats)).numpy()
     scores = tuple(DocumentScore(float(n), *size) for n, size in zip(nats, sizes, strict=True))
-    counts = np.sum(read_by, axis=0) if read_by else None
-    return summarise(scores, length, seed, None if counts is None else tuple((counts / counts[0]).tolist()))
+    if read_by is None:
+        return summarise(scores, length, seed)
+    counts = parallel.total(torch.from_numpy(read_by))
+    return summarise(scores, length, seed, tuple((counts / counts[0]).tolist()))
 
 
 def summarise(

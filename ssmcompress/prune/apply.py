@@ -60,6 +60,7 @@ def find_edits(
             head = collect.of(hidden[0])
             for rows in hidden:
                 head.add(arch.final_norm(model)(rows))
+            head.gather()
     for module in pruner.outer:
         name = arch.outer_weight(module)
         pruner.found += pruner.weight(name, model.get_parameter(name).data, module, head)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmcompress import parallel
 from ssmcompress.calib.taps import observe
 
 RIDGE = 0.01  # of the mean square of an input: how strongly the new weights are held to the old ones
@@ -39,6 +40,7 @@ def refitted(dense: nn.Module, cut: nn.Module, hidden: Sequence[Tensor]) -> Tens
         x, y = _inputs(cut, rows), F.linear(_inputs(dense, rows), weight)
         square += (x.T @ x).double()
         cross += (y.T @ x).double()
+    square, cross = parallel.total(square), parallel.total(cross)
     ridge = RIDGE * square.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     square.diagonal().add_(ridge)
     solved = torch.linalg.solve(square, (cross + ridge * narrow).T).T

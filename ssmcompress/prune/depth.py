@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ssmcompress import parallel
 from ssmcompress.arch.base import Arch
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Edit, Keep
@@ -93,9 +94,9 @@ class _Search:
             started = time.perf_counter()
             for i, rows in enumerate(hidden):
                 less, hidden[i] = self.without[layer](rows), block(rows)
-                score[layer] += cosine_distance(less.flatten(0, 1), hidden[i].flatten(0, 1)).float() / len(hidden)
+                score[layer] += cosine_distance(less.flatten(0, 1), hidden[i].flatten(0, 1)).float()
             emit(LayerDone(layer, len(self.blocks), time.perf_counter() - started))
-        return score
+        return parallel.total(score) / parallel.total(torch.tensor(len(hidden)))
 
 
 def _nothing(hidden: Tensor) -> Tensor:
@@ -109,11 +110,11 @@ def _less(there: Tensor, gone: int) -> Tensor:
 def likelihood(model: PreTrainedModel, arch: Arch, windows: Tensor, blocks: Blocks) -> float:
     """Nats a token that windows [n, L] cost the model with these blocks in place of its own."""
     head = cast(Any, model).lm_head
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for ids in windows.split(1):
         hidden = model.get_input_embeddings()(ids).float()
         for block in blocks:
             hidden = block(hidden)
         logits = head(arch.final_norm(model)(hidden).to(head.weight.dtype)).float()
-        total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
-    return total / len(windows)
+        total += F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).double().cpu()
+    return float(parallel.total(total) / parallel.total(torch.tensor(len(windows))))

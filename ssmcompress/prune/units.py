@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssmcompress import parallel
 from ssmcompress.arch.axis import Axis, Slice
 from ssmcompress.arch.base import BIAS, ROTATION, Arch, fill_buffers
 from ssmcompress.arch.mixer import mixers, use_backend
@@ -198,11 +199,12 @@ def squared_gradients(
         logits = cast(Any, model)(ids, use_cache=False).logits.float()
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         for name, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True):
-            total[name] += gradient.float().square() / len(windows)
+            total[name] += gradient.float().square()
         emit(Advance())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(required[name])
-    return total
+    count = parallel.total(torch.tensor(len(windows)))
+    return {name: parallel.total(each) / count for name, each in total.items()}
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class _Stream:
         seen = SquaredSum(self.arch.width)
         for rows in hidden:
             seen.add(rows)
+        seen.gather()
         self.energy.append((seen.total / seen.count).float().cpu())
 
 

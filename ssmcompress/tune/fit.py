@@ -10,16 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
-from ssmcompress.errors import InputError, SsmcompressError
+from ssmcompress import parallel
+from ssmcompress.errors import BackendError, InputError, SsmcompressError
 from ssmcompress.events import Advance, Emit, Note, Phase
 from ssmcompress.measure.continuations import likelihoods
 from ssmcompress.tune.examples import Example, order
 from ssmcompress.tune.objective import IGNORED, Objective
 from ssmcompress.tuning import TuneState
 
-LEARNED, WHOLE = "learned.safetensors", "whole"
+LEARNED, WHOLE, RUNS = "learned.safetensors", "whole", "runs"
 LOSS = "eval_loss"
 CURVE = 50  # points of the curve of the loss
 
@@ -44,11 +46,13 @@ def fit(
     lr: float,
     seed: int,
     store: Path,
+    tracker: str | None = None,
     emit: Emit,
 ) -> Course:
     """Trains in place and leaves what was best on the validation examples; `store` keeps what a killed run needs.
 
-    Raises InputError for a loss that is no number, SsmcompressError for a tensor that nothing is learned in.
+    What a tracker writes to files lies there too, in `RUNS`. Raises InputError for a loss that is no
+    number, SsmcompressError for a tensor that nothing is learned in.
     """
     model: Any = objective.model
     for parameter in model.parameters():
@@ -60,10 +64,15 @@ def fit(
     rows = [{"input_ids": each.ids, "scored": each.scored} for each in train]
     turns = order([len(each.ids) for each in train], step.batch_size * step.accumulate, step.steps, seed)
     course, last = Course(), _last(store)
+    if step.batch_size % parallel.size():
+        raise InputError(
+            f"A batch of {step.batch_size} examples cannot be shared out to {parallel.size()} processes.",
+            hint="Give a --batch-size that is a multiple of their number.",
+        )
     logging.set_verbosity_error()
     trainer = _Fit(
         model=objective,
-        args=_arguments(step, lr, seed, store, model.device, fresh=last is None),
+        args=_arguments(step, lr, seed, store, model.device, tracker, fresh=last is None),
         train_dataset=[rows[index] for index in turns],
         eval_dataset=[{}],
         data_collator=batch,
@@ -85,6 +94,15 @@ def fit(
     return course
 
 
+def require_tracker(name: str | None) -> None:
+    """BackendError for a tracker of experiments that the Trainer does not find."""
+    if name is not None and name not in (there := get_available_reporting_integrations()):
+        raise BackendError(
+            f"There is no tracker {name!r} that transformers finds here; it finds {', '.join(there) or 'none'}.",
+            hint=f"pip install {name}, if it is one of the Trainer's.",
+        )
+
+
 def batch(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Ids and labels [B, L] of rows, padded behind."""
     length = max(len(row["input_ids"]) for row in rows)
@@ -98,7 +116,14 @@ def batch(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def _arguments(
-    step: TuneState, lr: float, seed: int, store: Path, device: torch.device, *, fresh: bool
+    step: TuneState,
+    lr: float,
+    seed: int,
+    store: Path,
+    device: torch.device,
+    tracker: str | None,
+    *,
+    fresh: bool,
 ) -> TrainingArguments:
     """AdamW without decay, linear to zero (the recipe of Kang et al., 2025)."""
     found = TrainingArguments(
@@ -106,7 +131,7 @@ def _arguments(
         max_steps=step.steps,
         learning_rate=lr,
         weight_decay=0.0,
-        per_device_train_batch_size=step.batch_size,
+        per_device_train_batch_size=step.batch_size // parallel.size(),
         gradient_accumulation_steps=step.accumulate,
         train_sampling_strategy="sequential",
         eval_strategy="steps",
@@ -121,11 +146,12 @@ def _arguments(
         logging_steps=max(1, step.steps // CURVE),
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
-        report_to="none",
+        report_to=tracker or "none",
         disable_tqdm=True,
         seed=seed,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
     )
     found._n_gpu = min(found.n_gpu, 1)  # more would split batches behind the back of the loss
     return found
@@ -162,6 +188,10 @@ class _Fit(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        parallel.wait()  # every process looks next whether the best state is there
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,10 +212,11 @@ class _Fit(Trainer):
 def score(model: nn.Module, examples: Sequence[Example], batch_size: int) -> list[tuple[float, bool]]:
     """The log-likelihood of each example's scored tokens in nats, and whether they are the greedy ones."""
     pairs = [(each.ids[: -each.scored], each.ids[-each.scored :]) for each in examples]
-    found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    for i, nats, greedy in likelihoods(model, pairs, batch=batch_size, longest=max(len(e.ids) for e in examples)):
-        found[i] = nats, greedy
-    return found
+    mine, longest = parallel.share(range(len(pairs))), max(len(each.ids) for each in examples)
+    found = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    for i, nats, greedy in likelihoods(model, [pairs[i] for i in mine], batch=batch_size, longest=longest):
+        found[mine[i]] = torch.tensor([nats, greedy], dtype=torch.float64)
+    return [(nats, bool(greedy)) for nats, greedy in parallel.total(found).tolist()]
 
 
 class _Progress(TrainerCallback):
@@ -226,7 +257,8 @@ class _Progress(TrainerCallback):
         self.emit(Note(f"step {state.global_step}: validation {metrics[LOSS]:.4f} nats a token"))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+        if parallel.first():
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
 
 def _last(store: Path) -> Path | None:

@@ -12,12 +12,12 @@ def mask(name="w"):
 
 
 def test_a_step_is_a_mapping_of_its_own(tmp_path):
-    journal = Journal(tmp_path, "events.jsonl")
+    journal = Journal(tmp_path)
     first, second = journal.step(0), journal.step(1)
     first[0], first[3] = [mask("a")], [mask("b"), mask("c")]
     assert (list(first), len(first), list(second), 3 in first, 1 in first) == ([0, 3], 2, [], True, False)
     assert [edit.tensor for edit in first[3]] == ["b", "c"] and torch.equal(first[0][0].keep, mask().keep)
-    again = Journal(tmp_path, "events.jsonl").step(0)
+    again = Journal(tmp_path).step(0)
     assert list(again) == [0, 3]
     del again[0]
     assert list(first) == [3]
@@ -26,17 +26,17 @@ def test_a_step_is_a_mapping_of_its_own(tmp_path):
 
 
 def test_half_a_layer_is_none(tmp_path):
-    journal = Journal(tmp_path, "events.jsonl")
+    journal = Journal(tmp_path)
     journal.step(0)[0] = [mask()]
     (journal.folder / "none-step-0-layer-0001.part").write_bytes(b"half")
     assert list(journal.step(0)) == [0]
 
 
 def test_layers_found_with_other_calibration_tokens_are_dropped(tmp_path):
-    journal = Journal(tmp_path, "events.jsonl")
+    journal = Journal(tmp_path)
     assert journal.calibrate("a" * 64) == 0
     journal.step(0)[0] = journal.step(1)[2] = [mask()]
-    again = Journal(tmp_path, "events.jsonl")
+    again = Journal(tmp_path)
     assert again.calibrate("a" * 64) == 0
     assert (list(again.step(0)), list(again.step(1))) == ([0], [2])
     assert again.calibrate("b" * 64) == 2
@@ -44,14 +44,14 @@ def test_layers_found_with_other_calibration_tokens_are_dropped(tmp_path):
 
 
 def test_a_whole_run_leaves_nothing_of_it(tmp_path):
-    with Journal(tmp_path, "events.jsonl").kept():
+    with Journal(tmp_path).kept():
         (tmp_path / "model.safetensors").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_failed_run_leaves_the_journal_alone(tmp_path, begun):
-    journal = Journal(tmp_path, "events.jsonl")
+    journal = Journal(tmp_path)
     (tmp_path / ".recipe").touch()
     with pytest.raises(ZeroDivisionError), journal.kept():
         if begun:
