@@ -195,7 +195,8 @@ def _read(tokenizer: Any, step: TuneState, seed: int, tell: Emit) -> _Splits:
         splits = _Splits(*examples.held_out(data, seed), test)
     counts = splits.counts()
     sizes = ", ".join(f"{count:,} {name}" for name, count in counts.items() if name != "skipped")
-    tell(Note(f"Examples: {sizes}."))
+    padded = examples.padding(splits.train, step, seed)
+    tell(Note(f"Examples: {sizes}; {padded:.1%} of what is read to learn is padding."))
     if counts["skipped"]:
         tell(Note(f"{counts['skipped']:,} examples are longer than {step.length} tokens and are left out.", "warning"))
     for name, other in (("validation", splits.valid), ("test", test)):

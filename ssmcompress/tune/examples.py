@@ -99,6 +99,14 @@ def order(lengths: Sequence[int], size: int, updates: int, seed: int) -> list[in
     return found
 
 
+def padding(data: Examples, step: TuneState, seed: int) -> float:
+    """The share of positions that a run pads: every example has a row of its own, in which its state begins."""
+    lengths = [len(each.ids) for each in data.items]
+    turns = order(lengths, step.batch_size * step.accumulate, step.steps, seed)
+    rows = [[lengths[index] for index in turns[i : i + step.batch_size]] for i in range(0, len(turns), step.batch_size)]
+    return 1 - sum(map(sum, rows)) / sum(len(row) * max(row) for row in rows)
+
+
 def shared(data: Examples, other: Examples) -> int:
     """How many of the other's examples are among the data, word for word."""
     known = {each.sha256 for each in data.items}

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, MambaConfig, TrainerCallback
+from transformers.integrations import integration_utils
 
 import ssmcompress
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.checkpoint.source import load
 from ssmcompress.cli import main
-from ssmcompress.errors import InputError, RecipeError, UnsupportedError
+from ssmcompress.errors import BackendError, InputError, RecipeError, UnsupportedError
 from ssmcompress.tune import sdt
 from ssmcompress.tune.lora import wrap
 from ssmcompress.tuning import TuneState
@@ -289,3 +290,23 @@ def test_a_damaged_sdt_adapter_is_named(data: Path, tmp_path: Path, change: dict
     (out / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=words):
         load("ref:mamba", adapter=out)
+
+
+def test_a_tracker_hears_of_the_run_and_what_it_writes_is_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Heard(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+            place = Path(args.output_dir) / "runs"
+            place.mkdir(exist_ok=True)
+            with (place / "log").open("a") as file:
+                file.write(f"{state.global_step} {sorted(logs)}\n")
+
+    with pytest.raises(BackendError, match="There is no tracker 'tensorbored'"):
+        tuned(data, tmp_path / "a", tracker="tensorbored")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Heard)
+    monkeypatch.setattr("ssmcompress.tune.fit.get_available_reporting_integrations", lambda: ["tensorboard"])
+    tuned(data, tmp_path / "a", tracker="tensorboard")
+    heard = (tmp_path / "a" / "runs" / "log").read_text()
+    assert "0 ['epoch', 'eval_loss']" in heard and "4 ['epoch', 'grad_norm', 'learning_rate', 'loss'" in heard

@@ -7,7 +7,7 @@ import pytest
 
 from ssmcompress.checkpoint.source import resolve
 from ssmcompress.errors import InputError
-from ssmcompress.tune.examples import MOST, drawn, held_out, read, shared
+from ssmcompress.tune.examples import MOST, drawn, held_out, order, padding, read, shared
 from ssmcompress.tune.fit import batch
 from ssmcompress.tune.objective import IGNORED
 from ssmcompress.tuning import TuneState
@@ -133,3 +133,12 @@ def test_one_prompt_cannot_validate_too(tmp_path):
     data = read(lines(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}), TOKENIZER, step())
     with pytest.raises(InputError, match="One prompt"):
         held_out(data, 0)
+
+
+def test_the_padding_that_is_told_is_that_of_the_batches(tmp_path):
+    rows = [{"prompt": "one two", "completion": " three" * (1 + i % 7)} for i in range(40)]
+    data, given = read(lines(tmp_path / "a.jsonl", *rows), TOKENIZER, step()), step(steps=5, batch_size=4, accumulate=2)
+    turns = [data.items[i] for i in order([len(each.ids) for each in data.items], 8, 5, 3)]
+    batches = [batch([vars(each) | {"input_ids": each.ids} for each in turns[i : i + 4]]) for i in range(0, 40, 4)]
+    read_at_all = sum(each["input_ids"].numel() for each in batches)
+    assert 0 < padding(data, given, 3) == pytest.approx(1 - sum(len(each.ids) for each in turns) / read_at_all)
