@@ -152,6 +152,9 @@ def apply(
     model: Model,
     *,
     out: Out,
+    own_config: Annotated[
+        bool, typer.Option("--own-config", help="Let a state offset be a weight; stock transformers knows none.")
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
     backend: Kernels = "auto",

@@ -203,6 +203,7 @@ def apply(
     model: str,
     *,
     out: str | Path,
+    own_config: bool = False,
     overwrite: bool = False,
     backend: str = "auto",
     emit: Emit = ignore,
@@ -214,7 +215,9 @@ def apply(
     damaged, do not fit the model, or hold new values made for other weights.
     """
     if (expanded(edits) / ADAPTER).is_file():
-        return fold(edits, model, out=out, overwrite=overwrite, backend=backend, emit=emit)
+        return fold(edits, model, out=out, own_config=own_config, overwrite=overwrite, backend=backend, emit=emit)
+    if own_config:
+        raise InputError("An own config is for an adapter.", hint="Give the folder of one in place of the edits.")
     if (expanded(model) / ADAPTER).is_file():
         return reshape(edits, model, out=out, overwrite=overwrite, emit=emit)
     loaded = editing.load(Path(edits))

@@ -17,6 +17,7 @@ from ssmcompress.steps import SSM, WIDTH
 
 BIAS = "mixer.out_proj.bias"
 ROTATION = ("mixer.rotation.B", "mixer.rotation.C")
+OFFSET = "mixer.offset.state"
 DECAYS = "A_log"  # what makes states remember, named beside modules that have a weight
 
 
@@ -32,6 +33,7 @@ class Arch(ABC):
     hookless: tuple[str, ...]  # weights a forward hook on their module never sees, or that have no module
     fixed: tuple[str, ...]  # weights kept on purpose: a few values a channel or head that set the dynamics
     scan_axes: tuple[str, ...]  # those whose units are the scan's: without it there are none
+    state_axes: tuple[str, ...]  # along which its states lie
     scan_only: tuple[str, ...]  # tensors of a block that serve its scan and nothing else
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -130,6 +132,11 @@ class Arch(ABC):
         return False
 
     @property
+    def offset(self) -> bool:
+        """Whether every scan reads a state that never changes."""
+        return False
+
+    @property
     def biased(self) -> bool:
         """Whether out_proj has a bias."""
         return self.config.use_bias or self.out_proj_bias
@@ -172,37 +179,42 @@ class Arch(ABC):
 
     def additions(self, layer: int) -> dict[str, tuple[int | str | None, ...]]:
         """The tensors that edits may add to a block, with their shapes: an axis has its size, None any."""
-        if self.pruned_config is None or self.biased:
+        if self.pruned_config is None:
             return {}
-        return {BIAS: (WIDTH,)}
+        found: dict[str, tuple[int | str | None, ...]] = {} if self.biased else {BIAS: (WIDTH,)}
+        return found | ({OFFSET: self.state_axes} if self.has_scan(layer) and not self.offset else {})
 
     def resized(
         self,
         sizes: Sequence[Mapping[str, int]],
         *,
         out_proj_bias: bool = False,
+        state_offset: bool = False,
         rotated: Sequence[int | None] = (),
         policy: TokenPolicy | None = None,
         stock: bool = False,
     ) -> PreTrainedConfig:
         """The config of this model with other sizes, a mapping a layer: a stock one where there is one that says them.
 
-        `out_proj_bias` adds a bias to out_proj alone; `rotated` is as the property, for the layers that are left.
-        Any config can hold a policy. UnsupportedError where no config says it, or with `stock` no stock one.
+        `out_proj_bias` adds a bias to out_proj alone, `state_offset` a state that never changes; `rotated` is as the
+        property, for the layers that are left. Any config can hold a policy. UnsupportedError where no config says it,
+        or with `stock` no stock one.
         """
-        config = self._sized(sizes, out_proj_bias, rotated, stock)
+        bias = self.out_proj_bias or (out_proj_bias and not self.config.use_bias)
+        config = self._sized(sizes, bias, self.offset or state_offset, rotated, stock)
         vars(config).pop(KEY, None)
         if policy is not None:
             setattr(config, KEY, policy.model_dump(mode="json"))
         return config
 
     def _sized(
-        self, sizes: Sequence[Mapping[str, int]], out_proj_bias: bool, rotated: Sequence[int | None], stock: bool
+        self, sizes: Sequence[Mapping[str, int]], bias: bool, offset: bool, rotated: Sequence[int | None], stock: bool
     ) -> PreTrainedConfig:
-        bias = self.out_proj_bias or (out_proj_bias and not self.config.use_bias)
         try:
             if bias:
                 raise UnsupportedError(f"A stock {self.stock_config.model_type} config has no bias for out_proj alone.")
+            if offset:
+                raise UnsupportedError(f"A stock {self.stock_config.model_type} config has no offset of states.")
             if any(rotated):
                 raise UnsupportedError(f"A stock {self.stock_config.model_type} config knows no rotated states.")
             return self._said(self.stock_config, self._shared(sizes))
@@ -210,7 +222,12 @@ class Arch(ABC):
             if stock or self.pruned_config is None:
                 raise
         blocks = [self.entry(block, before) for block, before in zip_longest(sizes, rotated)]
-        fields = {"num_hidden_layers": len(blocks), "block_sizes": blocks, "out_proj_bias": bias}
+        fields = {
+            "num_hidden_layers": len(blocks),
+            "block_sizes": blocks,
+            "out_proj_bias": bias,
+            "state_offset": offset,
+        }
         try:
             return self._said(self.pruned_config, fields)
         except ValueError as error:
@@ -237,7 +254,7 @@ class Arch(ABC):
 
     def _said(self, kind: type[PreTrainedConfig], fields: Mapping[str, Any]) -> PreTrainedConfig:
         own = self.config.to_dict()
-        for key in ("model_type", "block_sizes", "out_proj_bias"):
+        for key in ("model_type", "block_sizes", "out_proj_bias", "state_offset"):
             own.pop(key, None)
         return kind(**own | dict(fields))
 

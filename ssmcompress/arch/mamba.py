@@ -13,7 +13,7 @@ from transformers.models.mamba import modeling_mamba as stock
 
 from ssmcompress.arch.axis import Axis, Slice
 from ssmcompress.arch.backbone import Backbone, lead
-from ssmcompress.arch.base import Arch
+from ssmcompress.arch.base import OFFSET, Arch
 from ssmcompress.arch.mixer import Mixer, adopt, decay
 from ssmcompress.arch.modeling_ssmcompress import PrunedMambaConfig
 from ssmcompress.arch.padding import hold, real_positions, silence
@@ -137,13 +137,15 @@ class Mamba(Arch):
     model_class: type[PreTrainedModel] = MambaForCausalLM
     prunable = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
     hookless = ("conv1d", "dt_proj", "A_log", "D")
-    fixed = ("A_log", "D", "embeddings", "lm_head")
+    fixed = ("A_log", "D", "offset", "embeddings", "lm_head")
     scan_axes = PrunedMambaConfig.scan_axes
-    scan_only = ("mixer.x_proj.weight", "mixer.dt_proj.weight", "mixer.dt_proj.bias", "mixer.A_log")
+    state_axes = ("channel", "state")
+    scan_only = ("mixer.x_proj.weight", "mixer.dt_proj.weight", "mixer.dt_proj.bias", "mixer.A_log", OFFSET)
 
     def axes(self, layer: int = 0) -> dict[str, Axis]:
         """Channel, state and dt_rank; the state's index is shared by all channels of a layer."""
         width, size, rank = (self.sizes[layer][axis] for axis in ("channel", "state", "dt_rank"))
+        offset = (Slice(OFFSET, 0), Slice(OFFSET, 1)) if self.offset else ()
         channel = (
             *self.rows("in_proj"),
             *self.rows("in_proj", offset=width),
@@ -154,11 +156,13 @@ class Mamba(Arch):
             Slice("mixer.A_log", 0),
             Slice("mixer.D", 0),
             Slice("mixer.out_proj.weight", 1),
+            *offset[:1],
         )
         state = (
             Slice("mixer.A_log", 1),
             Slice("mixer.x_proj.weight", 0, offset=rank),
             Slice("mixer.x_proj.weight", 0, offset=rank + size),
+            *offset[1:],
         )
         dt_rank = (Slice("mixer.x_proj.weight", 0), Slice("mixer.dt_proj.weight", 1))
         axes = (

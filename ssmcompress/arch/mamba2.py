@@ -12,7 +12,7 @@ from transformers.models.mamba2 import modeling_mamba2 as stock
 
 from ssmcompress.arch.axis import Axis, Slice
 from ssmcompress.arch.backbone import Backbone, lead
-from ssmcompress.arch.base import ROTATION, Arch
+from ssmcompress.arch.base import OFFSET, ROTATION, Arch
 from ssmcompress.arch.mixer import Mixer, adopt, decay
 from ssmcompress.arch.modeling_ssmcompress import PrunedMamba2Config
 from ssmcompress.arch.padding import hold, real_positions, silence
@@ -107,9 +107,10 @@ class Mamba2(Arch):
     model_class: type[PreTrainedModel] = Mamba2ForCausalLM
     prunable = ("in_proj", "conv1d", "out_proj")
     hookless = ("conv1d", "A_log", "D", "dt_bias")
-    fixed = ("A_log", "D", "dt_bias", "rotation", "embeddings", "lm_head")
+    fixed = ("A_log", "D", "dt_bias", "offset", "rotation", "embeddings", "lm_head")
     scan_axes = (*PrunedMamba2Config.scan_axes, GROUP)
-    scan_only = ("mixer.dt_bias", "mixer.A_log", *ROTATION)
+    state_axes = ("head", "head_channel", "state")
+    scan_only = ("mixer.dt_bias", "mixer.A_log", OFFSET, *ROTATION)
 
     def axes(self, layer: int = 0) -> dict[str, Axis]:
         """Head, head_channel and state, the same index in every head or group, and group: what a run of heads reads.
@@ -130,9 +131,12 @@ class Mamba2(Arch):
             whole += tuple(Slice(name, 0) for name in ROTATION)
         if not size:
             own, plain, whole = (Slice("mixer.D", 0),), (), ()
+        inside = self._inner(inner, period=width, repeats=heads)
+        if self.offset and size:
+            own, inside, plain = ((*each, Slice(OFFSET, d)) for d, each in enumerate((own, inside, plain)))
         return {
             "head": Axis("head", heads, self._inner(inner, width=width) + own, None),
-            "head_channel": Axis("head_channel", width, self._inner(inner, period=width, repeats=heads), None),
+            "head_channel": Axis("head_channel", width, inside, None),
             "state": Axis("state", states, plain, "state_size"),
             GROUP: Axis(GROUP, groups, whole, None),
         }
@@ -162,7 +166,7 @@ class Mamba2(Arch):
     def additions(self, layer: int) -> dict[str, tuple[int | str | None, ...]]:
         """A bias of out_proj, and the basis [groups, fewer, states] of B and of C."""
         found = super().additions(layer)
-        if self.has_scan(layer) and self.rotated[layer] is None:
+        if self.has_scan(layer) and self.rotated[layer] is None and not self.offset:
             found |= dict.fromkeys(ROTATION, (GROUP, None, "state"))
         return found
 

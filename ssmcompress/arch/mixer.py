@@ -139,7 +139,7 @@ def adopt(blocks: nn.ModuleList, *kinds: type[Mixer]) -> None:
     for block in blocks:
         block.mixer.__class__ = next(kind for kind in kinds if issubclass(kind, type(block.mixer)))
         for port in PORTS:  # of its own, for a class's None would hide the parameter or module that is put there
-            setattr(block.mixer, port, None)
+            setattr(block.mixer, port, getattr(block.mixer, port, None))
 
 
 def mixers(model: nn.Module) -> Iterator[Mixer]:

@@ -5,6 +5,7 @@ transformers. `block_sizes` in config.json holds the sizes of each block; the fi
 are those of the model that was cut. A block with no states has no scan. `out_proj_bias` gives out_proj, and nothing
 else, a bias. A block of Mamba-2 with `rotated_from` projects that many states of B and C into a basis of fewer before
 the scan; one with `group` has so few groups of B and C, though its norm has the `n_groups` of the model that was cut.
+With `state_offset` every scan has a state beside its own that each token reads and that never changes.
 """
 
 import copy
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
-from transformers.models.mamba.modeling_mamba import MambaBlock
+from transformers.models.mamba import modeling_mamba as mamba
 from transformers.models.mamba2 import modeling_mamba2 as mamba2
 
 GROUP, ROTATED = "group", "rotated_from"
@@ -44,8 +45,9 @@ def check(config: Any) -> None:
             raise ValueError(f"{where} gives group as {block[GROUP]}, but no states; expected none without a scan.")
         if ROTATED in block and not 1 <= block["state"] <= block[ROTATED]:
             raise ValueError(f"{where} gives state as {block['state']}; expected 1 to the {block[ROTATED]} it was.")
-    if type(config.out_proj_bias) is not bool:
-        raise ValueError(f"out_proj_bias is {config.out_proj_bias!r}; expected true or false.")
+    for name in ("out_proj_bias", "state_offset"):
+        if type(value := getattr(config, name)) is not bool:
+            raise ValueError(f"{name} is {value!r}; expected true or false.")
 
 
 class PrunedMambaConfig(MambaConfig):
@@ -57,6 +59,7 @@ class PrunedMambaConfig(MambaConfig):
     scan_axes = ("state", "dt_rank")
     block_sizes: list[dict[str, int]] | None = None
     out_proj_bias: bool = False
+    state_offset: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -71,6 +74,10 @@ class PrunedMambaConfig(MambaConfig):
             "time_step_rank": sizes["dt_rank"],
         }
 
+    def state(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """The shape of a block's state."""
+        return sizes["channel"], sizes["state"]
+
 
 class PrunedMamba2Config(Mamba2Config):
     """A `Mamba2Config` with the sizes of every block."""
@@ -81,6 +88,7 @@ class PrunedMamba2Config(Mamba2Config):
     scan_axes = ("state",)
     block_sizes: list[dict[str, int]] | None = None
     out_proj_bias: bool = False
+    state_offset: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -101,6 +109,26 @@ class PrunedMamba2Config(Mamba2Config):
             "n_groups": sizes.get(GROUP, self.n_groups),
             "expand": (inner + 0.5) / self.hidden_size,  # its mixer multiplies the two and rounds down
         }
+
+    def state(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """The shape of a block's state."""
+        return sizes["head"], sizes["head_channel"], sizes["state"]
+
+
+class StateOffset(nn.Module):
+    """A state [D, N] or [H, P, N] that C reads with every token, beside the one that changes (Kang et al., 2025)."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.state = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, C: Tensor) -> Tensor:
+        """C [..., N] → [..., D], or [..., G, N] → [..., H, P]."""
+        state = self.state.to(C.dtype)
+        if state.dim() == 2:
+            return C @ state.T
+        y = torch.einsum("...gn,ghpn->...ghp", C, state.view(C.shape[-2], -1, *state.shape[1:]))
+        return y.flatten(-3, -2)
 
 
 class Rotation(nn.Module):
@@ -161,6 +189,8 @@ class MergedMamba2Mixer(mamba2.Mamba2Mixer):
             )
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
+        if hasattr(self, "offset"):
+            y = y.reshape(x.shape) + self.offset(C)
         y = self.norm(y.reshape(batch, length, -1), gate)
         return self.out_proj(y.to(hidden_states.dtype))
 
@@ -176,6 +206,48 @@ class MergedMamba2Mixer(mamba2.Mamba2Mixer):
     def basis(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         """B and C [B, L, G, N] in the basis of the states."""
         return B, C
+
+
+class OffsetMambaMixer(mamba.MambaMixer):
+    """The mixer of Mamba-1 without the fused kernel of training, with an `offset` of its state."""
+
+    def forward(
+        self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Hidden states [B, L, d] → [B, L, d]; the cache, where given, is read and brought up to date."""
+        length, cache = hidden_states.shape[1], cache_params
+        state = None if cache is None else cache.get_recurrent_state(self.layer_idx)
+        projected = self.in_proj(mamba.apply_mask_to_padding_states(hidden_states, attention_mask))
+        x, gate = projected.chunk(2, dim=-1)
+        x = mamba.apply_mask_to_padding_states(convolve(self, x, cache), attention_mask)
+        sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
+        dt, B, C = self.x_proj(x).split(sizes, dim=-1)
+        dt = nn.functional.linear(dt, self.dt_proj.weight)
+        A, bias = -torch.exp(self.A_log.float()), self.dt_proj.bias.float()
+        if state is not None and length == 1:
+            y = mamba.mamba_selective_state_update(
+                state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, dt_bias=bias, dt_softplus=True
+            )[:, None]
+        else:
+            x, dt, B = x.transpose(1, 2), dt.transpose(1, 2), B.transpose(1, 2)
+            y, state = mamba.mamba_selective_scan(
+                x,
+                dt,
+                A,
+                B,
+                C.transpose(1, 2),
+                D=self.D.float(),
+                delta_bias=bias,
+                delta_softplus=True,
+                return_last_state=True,
+                use_mambapy=self.use_mambapy,
+                use_associative_scan=self.use_associative_scan,
+            )
+            y = y.transpose(1, 2)
+            if cache is not None:
+                cache.update_recurrent_state(state, self.layer_idx)
+        y = (y + self.offset(C)) * nn.functional.silu(gate)
+        return self.out_proj(y.to(hidden_states.dtype))
 
 
 class RotatedMamba2Mixer(MergedMamba2Mixer):
@@ -253,8 +325,8 @@ class GatedConvolution2(GatedConvolution):
         return self.norm(y, z)
 
 
-def rebuild(model: Any, kind: Any, scanless: Any) -> None:
-    """Gives a model the blocks that its config describes."""
+def rebuild(model: Any, kind: Any, scanless: Any, offset: Any) -> None:
+    """Gives a model the blocks that its config describes: of a kind, and with these mixers where it says so."""
     blocks = []
     for layer, sizes in enumerate(model.config.block_sizes):
         config = copy.copy(model.config)
@@ -263,6 +335,9 @@ def rebuild(model: Any, kind: Any, scanless: Any) -> None:
         blocks.append(block := kind(config, layer_idx=layer))
         if not sizes["state"]:
             block.mixer = scanless(config, block.mixer)
+        elif config.state_offset:
+            block.mixer.offset = StateOffset(*config.state(sizes))
+            block.mixer.__class__ = offset
         if GROUP in sizes:
             block.mixer.norm.group_size = block.mixer.intermediate_size // model.config.n_groups
             block.mixer.__class__ = MergedMamba2Mixer
@@ -283,7 +358,7 @@ class PrunedMambaForCausalLM(MambaForCausalLM):
 
     def __init__(self, config: PrunedMambaConfig) -> None:
         super().__init__(config)
-        rebuild(self, MambaBlock, GatedConvolution)
+        rebuild(self, mamba.MambaBlock, GatedConvolution, OffsetMambaMixer)
 
 
 class PrunedMamba2ForCausalLM(Mamba2ForCausalLM):
@@ -293,4 +368,4 @@ class PrunedMamba2ForCausalLM(Mamba2ForCausalLM):
 
     def __init__(self, config: PrunedMamba2Config) -> None:
         super().__init__(config)
-        rebuild(self, mamba2.Mamba2Block, GatedConvolution2)
+        rebuild(self, mamba2.Mamba2Block, GatedConvolution2, MergedMamba2Mixer)

@@ -29,8 +29,12 @@ class PrunedMambaForCausalLM(modeling.PrunedMambaForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        adopt(self.backbone.layers, MambaMixer, GatedMixer)
+        adopt(self.backbone.layers, MambaMixer, OffsetMambaMixer, GatedMixer)
         lead(self, MambaModel)
+
+
+class OffsetMambaMixer(MambaMixer, modeling.OffsetMambaMixer):
+    """The mixer of Mamba-1 with an offset of its state."""
 
 
 class MergedMamba2Mixer(Mamba2Mixer, modeling.MergedMamba2Mixer):
@@ -72,6 +76,11 @@ class _Pruned(Arch):
     def out_proj_bias(self) -> bool:
         """Whether out_proj has a bias where in_proj has none."""
         return self.config.out_proj_bias and not self.config.use_bias
+
+    @property
+    def offset(self) -> bool:
+        """Whether every scan reads a state that never changes."""
+        return self.config.state_offset
 
 
 class PrunedMamba(_Pruned, Mamba):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.axis import Axis
-from ssmcompress.arch.base import BIAS, ROTATION, Arch
+from ssmcompress.arch.base import BIAS, OFFSET, ROTATION, Arch
 from ssmcompress.arch.mixer import mixers, use_backend
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.edits import Add, Edit, Keep, Mask, Reduce, Replace
@@ -63,10 +63,11 @@ class Surgery:
                 rotated[new], sizes[new] = None, sizes[new] | dict.fromkeys(self.source.scan_axes, 0)
             elif basis is not None:
                 rotated[new], sizes[new]["state"] = sizes[new]["state"], basis.shape[1]
-        bias = any(name.endswith(BIAS) for name in self.added)
+        bias, offset = (any(name.endswith(new) for name in self.added) for new in (BIAS, OFFSET))
         policy = self.policy and self.policy.within(self.layers)
         narrow = self.source.narrowed(self.width)
-        found = arch_for(narrow.resized(sizes, out_proj_bias=bias, rotated=rotated, policy=policy))
+        told = narrow.resized(sizes, out_proj_bias=bias, state_offset=offset, rotated=rotated, policy=policy)
+        found = arch_for(told)
         if policy is not None:
             found.require_anchors(policy.layers, policy.method)
         return found

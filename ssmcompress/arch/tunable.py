@@ -43,6 +43,11 @@ class StateOffset(nn.Module):
         y = torch.einsum("blgn,gdn->blgd", read, heads)
         return y.reshape(*read.shape[:2], *self.state.shape[:-1]).to(C.dtype)
 
+    def whole(self, shape: tuple[int, ...]) -> Tensor:
+        """h' of this shape, [D, N] or [H, P, N], whatever its form."""
+        state = self.state.detach()
+        return (state if self.reading is None else state @ self.reading.detach()).expand(shape).clone()
+
 
 class OutputOffset(nn.Module):
     """A bias of the scan's output, before the gate (Kang et al., 2025): [D] or [H, P]."""

@@ -197,6 +197,9 @@ def require_form(arch: Arch, step: Cut) -> None:
         hint = "Merge the groups first, or keep the best of each run (--method taylor)."
         raise UnsupportedError("The states have been rotated: each group has a basis of its own.", hint=hint)
     places = {place for layer in range(arch.layers) for place in arch.additions(layer)}
+    if step.rotates and arch.offset:
+        hint = "Take another method, or rotate the model as it was before its offset became a weight."
+        raise UnsupportedError("The model has an offset of its states, in the basis that they are in.", hint=hint)
     if step.rotates and ROTATION[0] not in places:
         raise UnsupportedError(
             f"{arch.model_type} has no form for rotated states.",

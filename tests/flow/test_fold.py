@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import ssmcompress
+from ssmcompress.arch.masked import mask
 from ssmcompress.checkpoint.shards import Shards
 from ssmcompress.checkpoint.source import load
 from ssmcompress.cli import main
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.events import Note
-from tests.flow.test_tune import logits
+from tests.flow.test_tune import IDS, logits
 
 TUNE = {"steps": 1, "length": 64}
 
@@ -39,6 +41,70 @@ def test_a_folded_adapter_computes_what_it_did(tmp_path: Path, model: str, metho
     assert manifest["verb"] == "apply" and "adapter_model.safetensors" in manifest["source"]["sha256"]
 
 
+@pytest.mark.parametrize(
+    ("model", "form"),
+    [("mamba", "full"), ("mamba", "low-rank"), ("mamba2", "per-head"), ("mamba2-grouped", "full")],
+)
+def test_an_offset_can_be_a_weight_of_a_config_of_our_own(
+    models: dict[str, str], text: str, tmp_path: Path, model: str, form: str
+) -> None:
+    source = models[model]
+    ssmcompress.tune_state(source, form=form, lr=0.5, data=text, out=tmp_path / "a", **TUNE)
+    out = ssmcompress.apply(tmp_path / "a", source, out=tmp_path / "own", own_config=True)
+    expected, found = logits(source, tmp_path / "a"), logits(out)
+    assert not torch.allclose(expected, logits(source), atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    stock = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
+    assert type(stock).__module__.endswith("modeling_ssmcompress")
+    with torch.no_grad():
+        torch.testing.assert_close(stock(IDS).logits, found, rtol=1e-4, atol=1e-4)
+    greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    ours = load(str(out), dtype=torch.float32).model
+    assert torch.equal(stock.generate(IDS, **greedy), ours.generate(IDS, **greedy))
+
+
+@pytest.mark.parametrize(
+    ("model", "axis"),
+    [
+        ("mamba", "state"),
+        ("mamba", "channel"),
+        ("mamba2", "head"),
+        ("mamba2", "head_channel"),
+        ("mamba2", "state"),
+        ("mamba2", "ssm"),
+    ],
+)
+def test_a_model_with_an_offset_is_cut_as_others_are(
+    models: dict[str, str], text: str, tmp_path: Path, model: str, axis: str
+) -> None:
+    source = models[model]
+    ssmcompress.tune_state(source, lr=0.5, data=text, out=tmp_path / "a", **TUNE)
+    own = ssmcompress.apply(tmp_path / "a", source, out=tmp_path / "own", own_config=True)
+    given = {"calib": text, "windows": 4, "length": 32, "any_size": True, "no_eval": True, "correct": "none"}
+    cut = ssmcompress.prune(str(own), axis=axis, method="random", keep=0.5, out=tmp_path / "cut", **given)
+    masked = load(str(own), dtype=torch.float32)
+    mask(masked.model, masked.arch, cut.edits)
+    with torch.no_grad():
+        expected = masked.model(IDS, use_cache=False).logits
+    torch.testing.assert_close(logits(cut.folder), expected, rtol=1e-4, atol=1e-4)
+    again = ssmcompress.apply(cut.folder / "edits.safetensors", str(own), out=tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (cut.folder / "model.safetensors").read_bytes()
+
+
+def test_an_offset_and_rotated_states_are_refused(models: dict[str, str], text: str, tmp_path: Path) -> None:
+    ssmcompress.tune_state(models["mamba2"], lr=0.5, data=text, out=tmp_path / "a", **TUNE)
+    own = ssmcompress.apply(tmp_path / "a", models["mamba2"], out=tmp_path / "own", own_config=True)
+    with pytest.raises(UnsupportedError, match="offset"):
+        ssmcompress.prune(str(own), axis="state", method="rotate", keep=0.5, out=tmp_path / "cut", calib=text)
+    with pytest.raises(UnsupportedError, match="where state-offset belongs"):
+        ssmcompress.tune_state(str(own), data=text, out=tmp_path / "b", **TUNE)
+    ssmcompress.tune_state(str(own), method="a-log", data=text, out=tmp_path / "c", **TUNE)
+    ssmcompress.apply(tmp_path / "c", str(own), out=tmp_path / "both")
+    with pytest.raises(UnsupportedError, match="falcon_mamba has no config of our own"):
+        ssmcompress.tune_state(models["falcon_mamba"], data=text, out=tmp_path / "f", **TUNE)
+        ssmcompress.apply(tmp_path / "f", models["falcon_mamba"], out=tmp_path / "g", own_config=True)
+
+
 @pytest.mark.parametrize("method", ["state-offset", "prompt"])
 def test_what_does_not_fold_is_refused_and_nothing_is_written(
     tmp_path: Path, method: str, capsys: pytest.CaptureFixture
@@ -48,7 +114,8 @@ def test_what_does_not_fold_is_refused_and_nothing_is_written(
         ssmcompress.apply(tmp_path / "a", "ref:mamba", out=tmp_path / "folded")
     with pytest.raises(SystemExit, match="3"):
         main(["apply", str(tmp_path / "a"), "ref:mamba", "--out", str(tmp_path / "folded")])
-    assert "Keep it beside the model" in " ".join(capsys.readouterr().err.split())
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Keep it beside the model" in told and ("--own-config" in told) == (method == "state-offset")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
