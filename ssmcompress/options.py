@@ -200,7 +200,7 @@ DecayOption = Annotated[
     Literal["drop", "carry"],
     typer.Option(
         "--decay",
-        help="Drop the steps of tokens that leave, or carry them to the next one.",
+        help="Drop the steps of tokens that leave, or let the next one decay for them too.",
         rich_help_panel=TOKENS,
     ),
 ]

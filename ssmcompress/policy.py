@@ -36,7 +36,8 @@ class TokenPolicy(BaseModel):
 
     `pruned` is the share of the removed tokens that leave no trace in the mixer's output (UTRC's q); `match_window` is
     how far apart, in tokens of the prompt, two may lie that are matched (None: anywhere); `decay` says whether the
-    steps of removed tokens go with them or are carried to the next one. Tokens of the ids `special` never leave.
+    steps of removed tokens go with them or the next one, whose step is then as many times as long, decays for them too.
+    Tokens of the ids `special` never leave.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,6 +1,7 @@
 """lm-eval on a loaded checkpoint: one task a call, its own files as it writes them, our scores beside them."""
 
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -51,7 +52,7 @@ class Harness:
         with quiet(_nothing):
             self._tasks = TaskManager(include_path=self._paths, include_defaults=False)
             if not set(names) <= set(self._tasks.all_subtasks):  # reading lm-eval's thousands of files takes seconds
-                self._tasks = TaskManager(include_path=self._paths)
+                self._tasks = TaskManager(include_path=self._paths) if include_path else _all_tasks(*self._paths)
         self.measures: dict[str, tuple[str, ...]] = {}  # of each task, as samples.jsonl calls them
         for name in names:
             found = self._required(name)
@@ -132,6 +133,12 @@ class Harness:
             if not math.isfinite(score.value):
                 raise no_number(checkpoint.name, entry.task)
         return result
+
+
+@functools.cache
+def _all_tasks(*paths: str) -> TaskManager:
+    """The tasks of lm-eval and those of folders that do not change."""
+    return TaskManager(include_path=list(paths))
 
 
 class Model(HFLM):

@@ -47,16 +47,21 @@ def conv(
     if lacking:
         x, weight = F.pad(x, (0, lacking)), F.pad(weight, (0, 0, 0, lacking))
         bias, left = (None if each is None else F.pad(each, (0, lacking)) for each in (bias, left))
-    if any(stride % ALIGNED for stride in x.stride()[:2]):  # x is a part of what a cut in_proj gives
-        x = x.contiguous()
     y = _module("causal_conv1d").causal_conv1d_fn(
-        x.transpose(1, 2),
+        _aligned(x).transpose(1, 2),
         weight,
         bias,
-        initial_states=None if left is None else left.contiguous().transpose(1, 2),
+        initial_states=None if left is None else _aligned(left).transpose(1, 2),
         activation="silu" if silu else None,
     )
     return y.transpose(1, 2)[..., :channels]
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """Rows [B, L, C] themselves where the convolution takes them, or a copy: parts of what a cut in_proj gives."""
+    fits = rows.stride(2) == 1 and not any(stride % ALIGNED for stride in rows.stride()[:2])
+    # contiguous() would leave odd strides of a single token as they are
+    return rows if fits and not rows.data_ptr() % 16 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def selective_scan(

@@ -20,7 +20,7 @@ class Row:
     layer: int
     output: Tensor
     positions: Tensor
-    scan: Scan | None = None  # of all tokens of the prompt
+    scan: Scan | None = None  # of the prompt up to the token after the last of these
     places: Tensor | None = None  # [L] of these in that
 
 

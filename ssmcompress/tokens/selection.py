@@ -38,7 +38,7 @@ class Selection:
         )
         if count:
             places = free.nonzero().flatten()
-            scan = None if tokens.scan is None else _scan(tokens.scan, b, real)
+            scan = None if tokens.scan is None else _scan(tokens.scan, b, real, int(places[-1]) + 2)
             removal = RULES[self.policy.method](
                 Row(layer, output[places], positions[places], scan, places), count, self.policy
             )
@@ -90,9 +90,12 @@ def _rank(which: Tensor) -> Tensor:
     return rank
 
 
-def _scan(scan: Scan, b: int, real: Tensor | slice) -> Scan:
-    """What the scan took in of one row."""
-    x, dt, B, C = (part[b, real][None] for part in (scan.x, scan.dt, scan.B, scan.C))
+def _scan(scan: Scan, b: int, real: Tensor | slice, end: int) -> Scan:
+    """What the scan took in of one row before `end`: one token beyond those that may leave.
+
+    From there on predictions are wanted, and what comes later must have no say in them.
+    """
+    x, dt, B, C = (part[b, real][None, :end] for part in (scan.x, scan.dt, scan.B, scan.C))
     return scan._replace(x=x, dt=dt, B=B, C=C)
 
 

@@ -114,11 +114,22 @@ def test_special_and_protected_tokens_never_leave(checkpoint: Checkpoint) -> Non
     assert found[[0, 1, 2]].all()
 
 
+@pytest.mark.parametrize("method", RULES)
+def test_tokens_that_are_scored_have_no_say_in_earlier_predictions(checkpoint: Checkpoint, method: str) -> None:
+    model, ids = checkpoint.model, prompt(60)
+    other, scored = ids.clone(), torch.zeros_like(ids, dtype=torch.bool)
+    other[:, 50:] = prompt(70)[:, 60:]
+    scored[:, 29:] = True
+    install(model, policy(method, keep=0.6))
+    with protect(model, scored):
+        assert torch.equal(*(logits(model, each)[:, 29:50] for each in (ids, other)))
+
+
 @pytest.mark.parametrize("decay", ["drop", "carry"])
 def test_decoding_goes_on_from_what_is_left(checkpoint: Checkpoint, decay: str) -> None:
     """Prompt and a token in one, where the prompt alone may lose tokens, and one after the other."""
     model, ids = checkpoint.model, prompt(33)
-    for method in ("drop-earliest", "stride"):
+    for method in RULES:
         install(model, policy(method, decay=decay))
         cache = model(ids[:, :32], use_cache=True).cache_params
         stepwise = model(ids[:, 32:], cache_params=cache, use_cache=True).logits[:, -1]
