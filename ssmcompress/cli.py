@@ -27,6 +27,7 @@ from ssmcompress.options import (
     Kernels,
     Lengths,
     Limit,
+    MaxMemory,
     Model,
     NoEval,
     Out,
@@ -93,10 +94,11 @@ def prune(
     out: Out,
     overwrite: Overwrite = False,
     no_eval: NoEval = False,
+    max_memory: MaxMemory = None,
     **options: Any,
 ) -> None:
     """Set weights to zero, write the checkpoint, load it again and measure it."""
-    _call("prune", model=model, out=out, overwrite=overwrite, no_eval=no_eval, **options)
+    _call("prune", model=model, out=out, overwrite=overwrite, no_eval=no_eval, max_memory=max_memory, **options)
 
 
 @app.command("reduce-tokens", epilog="Example: ssmcompress reduce-tokens ref:mamba --flops 0.2 --out out/tokens20")

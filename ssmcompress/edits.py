@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -67,19 +67,32 @@ class Add(Replace):
     kind: ClassVar[str] = "add"
 
 
+class _Bits:
+    """A field of booleans that is held eight to a byte: masks of all weights would take half of a model's memory."""
+
+    def __get__(self, edit: Any, kind: type | None = None) -> Tensor:
+        if edit is None:
+            raise AttributeError("it has no usual value")
+        return _unbits(*vars(edit)["bits"])
+
+    def __set__(self, edit: Any, keep: Tensor) -> None:
+        if keep.dtype != torch.bool:
+            raise TypeError(f"what is kept is boolean, not {keep.dtype}")
+        bits = np.packbits(keep.detach().cpu().flatten().numpy())
+        vars(edit)["bits"] = keep.shape, torch.from_numpy(bits)
+
+
 class _Kept:
     """What edits that hold booleans have in common: they are stored as bits."""
-
-    keep: Tensor
 
     @property
     def shape(self) -> torch.Size:
         """The shape of what it is for: a tensor's, or the number of units there are."""
-        return self.keep.shape
+        return cast(torch.Size, vars(self)["bits"][0])
 
     def pack(self) -> Tensor:
         """What is stored: eight entries a byte, the first in the highest bit."""
-        return torch.from_numpy(np.packbits(self.keep.detach().cpu().flatten().numpy()))
+        return cast(Tensor, vars(self)["bits"][1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +102,7 @@ class Mask(_Kept):
     kind: ClassVar[str] = "mask"
     fill: ClassVar[float] = 0.0
     tensor: str
-    keep: Tensor
-
-    def __post_init__(self) -> None:
-        if self.keep.dtype != torch.bool:
-            raise TypeError(f"a mask is boolean, not {self.keep.dtype}")
+    keep: Tensor = _Bits()  # type: ignore[assignment]
 
     @classmethod
     def unpack(cls, tensor: str, shape: tuple[int, ...], stored: Tensor) -> "Mask":
@@ -123,11 +132,11 @@ class Keep(_Kept):
     kind: ClassVar[str] = "keep"
     axis: str
     layer: int | None
-    keep: Tensor
+    keep: Tensor = _Bits()  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        if self.keep.dtype != torch.bool or self.keep.dim() != 1:
-            raise TypeError(f"units are kept by booleans [units], not {list(self.keep.shape)} of {self.keep.dtype}")
+        if len(self.shape) != 1:
+            raise TypeError(f"units are kept by booleans [units], not {list(self.shape)}")
 
     @property
     def tensor(self) -> str:
@@ -303,7 +312,7 @@ def compose(*steps: Iterable[Edit]) -> list[Edit]:
     return [*(edit for group in found.values() for edit in group.values()), *units.values()]
 
 
-def _unbits(shape: tuple[int, ...], stored: Tensor) -> Tensor:
+def _unbits(shape: Sequence[int], stored: Tensor) -> Tensor:
     """Booleans of a shape from eight a byte; ValueError says what is wrong with them."""
     entries = math.prod(shape)
     wanted = -(-entries // 8)

@@ -10,8 +10,9 @@ from ssmcompress import parallel
 from ssmcompress.arch.backbone import dense
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.calib import data
+from ssmcompress.calib.stream import Room
 from ssmcompress.checkpoint.shards import Shards
-from ssmcompress.checkpoint.source import Checkpoint, require_embedded, special_ids
+from ssmcompress.checkpoint.source import Checkpoint, edited_pages, require_embedded, special_ids
 from ssmcompress.edits import Edit, Reduce
 from ssmcompress.errors import InputError
 from ssmcompress.events import Emit, Note
@@ -30,9 +31,17 @@ MIX_SHARE = 0.25  # of the calibration windows, where memory exercises are mixed
 
 
 def edit(
-    checkpoint: Checkpoint, recipe: Recipe, windows: data.Windows | None, tell: Emit, journal: Journal
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    windows: data.Windows | None,
+    tell: Emit,
+    journal: Journal,
+    room: Room | None = None,
 ) -> tuple[list[Edit], Checkpoint]:
-    """The edits of all steps, in terms of the source, and what they make of it: the model at hand is used up."""
+    """The edits of all steps, in terms of the source, and what they make of it: the model at hand is used up.
+
+    With `room` for the residual stream one block of the model is in memory at a time.
+    """
     stored, ids = checkpoint.stored, None
     if windows is not None:
         parallel.require(len(windows.ids), "calibration windows")
@@ -60,13 +69,15 @@ def edit(
                 made = [Reduce(resolved(step, edited.arch, special_ids(edited), recipe.seed))]
             elif isinstance(step, Cut):
                 left = weigh(stored).after(surgery)
-                made = cut(edited.model, edited.arch, step, left, ids, dtypes, recipe.seed, tell, layers)
+                made = cut(edited.model, edited.arch, step, left, ids, dtypes, recipe.seed, tell, layers, room)
             else:
-                made = find_edits(edited.model, edited.arch, step, ids, dtypes, tell, layers)
-        if not isinstance(step, Prune):  # which has changed the weights already
+                made = find_edits(edited.model, edited.arch, step, ids, dtypes, tell, layers, room)
+        if room is None and not isinstance(step, Prune):  # which has changed the weights already
             edited = edited_by(edited, made)
         found = editing.compose(found, [surgery.lift(edit, shapes) for edit in made])
-    if editing.reshaping(found):  # in one pass, so that a replay writes the same config
+        if room is not None:
+            edited = edited_pages(checkpoint, found)
+    if room is None and editing.reshaping(found):  # in one pass, so that a replay writes the same config
         edited = replace(edited, arch=Surgery(checkpoint.arch, found).arch)
         edited.model.config = edited.arch.config
     return found, edited

@@ -134,6 +134,10 @@ CalibMix = Annotated[
     Literal["recall"] | None,
     typer.Option("--calib-mix", help="Mix in memory exercises.", rich_help_panel=TEXT),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option("--max-memory", metavar="SIZE", help="Read the model block by block within 3GB, say."),
+]
 NoEval = Annotated[bool, typer.Option("--no-eval", help="Skip the figures before and after.", rich_help_panel=OUTPUT)]
 TokenMethod = Annotated[
     Rule | None,

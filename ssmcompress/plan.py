@@ -142,8 +142,9 @@ def forecast(arch: Arch, steps: Sequence[Step], weights: Weights) -> Forecast:
         left, names = weights.after(surgery), surgery.names(weights.shapes)
         if isinstance(step, Cut):
             sizes.append(change := sized(surgery.arch, step, left, apart))
-            if change.after < change.before:
-                apart |= {step.axis} if change.open else unlike(surgery.arch, step.axis)
+            if change.after == change.before:
+                continue
+            apart |= {step.axis} if change.open else unlike(surgery.arch, step.axis)
             cut = outline(surgery.arch, step, change.layers or change.after, left)
             units = editing.compose(units, [surgery.lift(edit, weights.shapes) for edit in cut])
             for name in renewed(surgery.arch, step):

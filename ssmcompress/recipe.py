@@ -48,7 +48,7 @@ class Calibration(Strict):
 class Save(Strict):
     """How the weights are written: shards of at most this size."""
 
-    shard_size: Annotated[str, Field(pattern=r"^\d+ ?[KMGT]?B$")] = "5GB"
+    shard_size: Annotated[str, Field(pattern=r"^[1-9]\d* ?[KMGT]B$")] = "5GB"
 
 
 class Evaluation(Strict):

@@ -14,9 +14,12 @@ from transformers import PreTrainedModel
 from ssmcompress import edits as editing
 from ssmcompress import parallel, record
 from ssmcompress.arch.mixer import mixers
+from ssmcompress.arch.pages import pages
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.assess import assess, foresee, made_by
+from ssmcompress.budget import budget, room, within
 from ssmcompress.checkpoint import manifest
+from ssmcompress.checkpoint.edited import Edited
 from ssmcompress.checkpoint.fitting import CONFIG as ADAPTER
 from ssmcompress.checkpoint.fold import fold
 from ssmcompress.checkpoint.layout import EMBEDDING
@@ -30,7 +33,7 @@ from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.evaluate.evaluation import compute_dtype
 from ssmcompress.events import Emit, Finished, Note, ignore
 from ssmcompress.journal import Journal, listener
-from ssmcompress.making import calibrating, dtype_of, edit, edited_by
+from ssmcompress.making import calibrating, edit, edited_by
 from ssmcompress.measure.glance import CONTEXT, Glance, glance, tell_change
 from ssmcompress.paths import expanded
 from ssmcompress.plan import coverage, forecast, tell_coverage, tell_format, tell_size, tell_tokens, tokens_record
@@ -61,6 +64,7 @@ def prune(
     out: str | Path,
     no_eval: bool = False,
     overwrite: bool = False,
+    max_memory: str | None = None,
     emit: Emit = ignore,
     **options: Unpack[PruneOptions],
 ) -> Result:
@@ -71,9 +75,12 @@ def prune(
     calib, calib_split, calib_column, calib_mix "recall", windows 64, length 512: the calibration text; seed, device,
     dtype, backend. With an axis: keep or target, correct, scope "layer" | "model", any_size, stock_only.
 
-    Raises RecipeError or InputError for what was given, UnsupportedError for a model or module it cannot prune so.
+    With `max_memory`, such as "3GB", a block of the model at a time is in memory, and calibration spills to the disk of
+    `out`. Raises RecipeError or InputError for what was given, UnsupportedError for a model or module it cannot prune
+    so, ResourceError where that much memory does not do.
     """
-    return _compress(pruning(model, options), out, overwrite=overwrite, measure=not no_eval, emit=emit)
+    how: dict[str, Any] = {"overwrite": overwrite, "measure": not no_eval, "max_memory": max_memory}
+    return _compress(pruning(model, options), out, emit=emit, **how)
 
 
 def reduce_tokens(
@@ -147,8 +154,12 @@ def _tune(recipe: Recipe, folder: Path, emit: Emit) -> tuple[Path, ...]:
     return found
 
 
-def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool, emit: Emit) -> Result:
+def _compress(
+    recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool, max_memory: str | None = None, emit: Emit
+) -> Result:
     """Makes the model of a recipe and writes the folder `out`."""
+    most = None if max_memory is None else budget(max_memory)
+    recipe, in_pages = (recipe, False) if most is None else (within(recipe, most), True)
     source = resolve(recipe.model)
     arch, stored = headers(source)
     expected = forecast(arch, recipe.made, weigh(stored))
@@ -164,16 +175,21 @@ def _compress(recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool
         with journal.kept(), listener(folder, emit) as tell:
             if not expected.stock:
                 tell_format(stock=False, emit=tell)
-            checkpoint = _load(source, recipe, tell)
+            checkpoint = _load(source, recipe, tell, in_pages=in_pages)
             windows = calibrating(checkpoint, recipe, tell)
             before = _look(checkpoint, recipe, tell, reduced=reduced) if measure else None
-            found, edited = edit(checkpoint, recipe, windows, tell, journal)
+            place = None if most is None else room(checkpoint, most, journal.folder)
+            found, edited = edit(checkpoint, recipe, windows, tell, journal, place)
             calibration = record.described(windows)
             if parallel.first():
                 editing.save(found, folder / EDITS, _said(told, checkpoint, found, calibration))
                 zeros, verification = _write(checkpoint, edited, found, folder, recipe)
             parallel.wait()
-            after = _look(_reload(folder, recipe), recipe, tell, reduced=reduced) if before is not None else None
+            after = (
+                _look(_reload(folder, recipe, in_pages=in_pages), recipe, tell, reduced=reduced)
+                if before is not None
+                else None
+            )
             if not parallel.first():
                 return Result(Path(out), tuple(found), before, after)
             if before is not None and after is not None:
@@ -273,9 +289,9 @@ def _told(text: str) -> dict[str, Any] | None:
         raise InputError("The edits say nothing readable of their calibration.", hint="Make them again.") from None
 
 
-def _load(source: Source, recipe: Recipe, tell: Emit) -> Checkpoint:
+def _load(source: Source, recipe: Recipe, tell: Emit, *, in_pages: bool) -> Checkpoint:
     dtype = compute_dtype(recipe.dtype, recipe.device)
-    checkpoint = load(source, dtype=dtype, device=recipe.device, backend=recipe.backend)
+    checkpoint = load(source, dtype=dtype, device=recipe.device, backend=recipe.backend, in_pages=in_pages)
     require_finite(checkpoint)
     stored = checkpoint.stored.dtype(EMBEDDING["hf"])
     if any(step.new_values for step in recipe.made) and not _holds(checkpoint.model.dtype, stored):
@@ -295,9 +311,9 @@ def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     return torch.promote_types(wide, narrow) == wide
 
 
-def _reload(folder: Path, recipe: Recipe) -> Checkpoint:
+def _reload(folder: Path, recipe: Recipe, *, in_pages: bool) -> Checkpoint:
     dtype = compute_dtype(recipe.dtype, recipe.device)
-    return load(str(folder), dtype=dtype, device=recipe.device, backend=recipe.backend)
+    return load(str(folder), dtype=dtype, device=recipe.device, backend=recipe.backend, in_pages=in_pages)
 
 
 def _look(checkpoint: Checkpoint, recipe: Recipe, tell: Emit, *, reduced: bool) -> Glance | None:
@@ -317,31 +333,23 @@ def _write(
 
     Returns the number of zeros in every tensor as written, too.
     """
-    weights: Shards = checkpoint.stored
-    surgery, by_name = Surgery(checkpoint.arch, found), editing.by_tensor(found)
-    names = surgery.names(weights)
+    made = Edited(checkpoint.stored, Surgery(checkpoint.arch, found), found)
     zeros: dict[str, int] = {}
 
     def value(name: str) -> Tensor:
-        old = names[name]
-        tensors = {old: surgery.added[old] if old in surgery.added else weights[old]}
-        editing.apply(by_name.get(old, ()), tensors)
-        tensor = surgery.cut(old, tensors[old])
+        tensor = made[name]
         zeros[name] = tensor.numel() - int(tensor.count_nonzero())
         return tensor
 
-    whole = surgery.shapes({name: weights.shape(name) for name in weights})
-    shapes = {
-        new: torch.empty(surgery.shape(old, whole[old]), dtype=dtype_of(surgery, weights, old), device="meta")
-        for new, old in names.items()
-    }
-    write(edited, folder, shapes, value=value, shard_size=recipe.save.shard_size)
+    write(edited, folder, made.meta(), value=value, shard_size=recipe.save.shard_size)
     return zeros, verify(folder, _exact(checkpoint, edited, found))
 
 
 def _exact(checkpoint: Checkpoint, edited: Checkpoint, found: Sequence[Edit]) -> PreTrainedModel:
     """The edited model as it must load again: the one at hand, unless it computes in less than what is stored."""
     model, stored = checkpoint.model, checkpoint.stored
+    if pages(model) is not None:
+        return edited.model
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if name in stored}
     if all(_holds(dtype, stored.dtype(name)) for name, dtype in dtypes.items()):
         return edited.model

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ssmcompress.arch.base import Arch
 from ssmcompress.arch.mixer import Mixer
 from ssmcompress.calib.stats import Statistic
+from ssmcompress.calib.stream import Room, Stream
 from ssmcompress.calib.taps import observe
 from ssmcompress.errors import UnsupportedError
 from ssmcompress.events import Emit, LayerDone, ignore
@@ -29,9 +30,10 @@ class Walk:
     edit: EditBlock
     batch: int = 1  # windows at a time: on a CPU one is the fastest and takes the least memory
     known: Container[int] = ()  # layers that are not observed: their edits were found before, or there are none
+    room: Room | None = None  # for the residual stream, where it may not be all in memory
 
     @torch.no_grad()
-    def run(self, model: nn.Module, arch: Arch, windows: Tensor, emit: Emit = ignore) -> list[Tensor]:
+    def run(self, model: nn.Module, arch: Arch, windows: Tensor, emit: Emit = ignore) -> Sequence[Tensor]:
         """Walks windows [n, L] of token ids through the model; `edit` gives the block to go on with, and what it kept.
 
         It is told the layer, the block, the statistics of its modules, and the residual stream [b, L, d] that enters.
@@ -41,7 +43,7 @@ class Walk:
         Raises UnsupportedError where a module's tap never fired: pruning blindly would be worse than not pruning.
         """
         embed = model.get_input_embeddings()
-        hidden = [embed(ids).float() for ids in windows.split(self.batch)]
+        hidden = Stream((embed(ids).float() for ids in windows.split(self.batch)), self.room)
         for layer, block in enumerate(arch.blocks(model)):
             started = time.perf_counter()
             lacking = set() if arch.has_scan(layer) else {"scan", *arch.prunable} - set(arch.modules(layer))
@@ -54,7 +56,7 @@ class Walk:
         return hidden
 
     def _observe(
-        self, layer: int, block: nn.Module, hidden: list[Tensor], lacking: Set[str]
+        self, layer: int, block: nn.Module, hidden: Sequence[Tensor], lacking: Set[str]
     ) -> tuple[dict[str, Statistic], Tensor]:
         """What the dense block's modules take in, and the block's output of the first batch."""
         statistics: dict[str, Statistic] = {}
@@ -67,8 +69,8 @@ class Walk:
 
         with observe(cast(Mixer, block.mixer), watch):
             first = block(hidden[0])
-            for rows in hidden[1:] if self.collect else ():
-                block(rows)
+            for i in range(1, len(hidden)) if self.collect else ():
+                block(hidden[i])
         silent = [module for module in self.collect if module not in statistics and module not in lacking]
         if silent:
             raise UnsupportedError(

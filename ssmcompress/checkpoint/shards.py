@@ -20,6 +20,7 @@ SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
 INDEX = ".index.json"
 SHARD_SIZE = "5GB"
+MAPPED = 2**28  # bytes of the files that stay mapped once they are read
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -42,6 +43,7 @@ class Shards(Mapping[str, Tensor]):
             )
         self._open = _open_bin if main == BIN else _open_safetensors
         self._shards: dict[str, Any] = {}
+        self._read: dict[str, int] = {}
         listed = None if (folder / main).exists() else _read_index(folder / (main + INDEX))
         self.weight_files: tuple[str, ...] = tuple(sorted(set(listed.values()))) if listed else (main,)
         for file in self.weight_files:
@@ -55,7 +57,9 @@ class Shards(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         # a copy, for what the file's mapping hands out is shared: an edit would show in the next read
-        return self._shard(name).get_tensor(self.stored_name(name)).clone()
+        tensor = self._shard(name).get_tensor(self.stored_name(name)).clone()
+        self._let_go(self.files[name], tensor.nbytes)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -115,6 +119,13 @@ class Shards(Mapping[str, Tensor]):
 
     def _shard(self, name: str) -> Any:
         return self._shards[self.files[name]]
+
+    def _let_go(self, file: str, count: int) -> None:
+        """Maps files anew from time to time: what was read of them counts as this process's memory until then."""
+        self._read[file] = self._read.get(file, 0) + count
+        if sum(self._read.values()) > MAPPED:
+            self._shards |= {read: self._open(self.folder / read) for read in self._read}
+            self._read.clear()
 
     def _slice(self, name: str) -> Any:
         return self._shard(name).get_slice(self.stored_name(name))

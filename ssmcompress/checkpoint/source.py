@@ -1,8 +1,8 @@
 """A model by name, brought into memory: `ref:NAME`, a hub id with its revision, or a folder of either layout."""
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,15 @@ from transformers.activations import ACT2FN
 
 from ssmcompress import kernels, reference
 from ssmcompress.arch.base import Arch
-from ssmcompress.arch.mixer import use_backend
+from ssmcompress.arch.mixer import mixers, use_backend
+from ssmcompress.arch.pages import paged
 from ssmcompress.arch.registry import arch_for, family
+from ssmcompress.arch.surgery import Surgery
 from ssmcompress.checkpoint import hub, layout
 from ssmcompress.checkpoint.adapter import Adapter, Given, attach, find_all
+from ssmcompress.checkpoint.edited import Edited
 from ssmcompress.checkpoint.shards import Shards, read_json
+from ssmcompress.edits import Edit
 from ssmcompress.errors import InputError, UnsupportedError
 from ssmcompress.paths import expanded
 from ssmcompress.policy import KEY
@@ -162,11 +166,13 @@ def load(
     dtype: torch.dtype | Literal["auto"] = "auto",
     device: str | torch.device = "cpu",
     backend: str = "auto",
+    in_pages: bool = False,
 ) -> Checkpoint:
     """Loads a model without running any code of its folder; every tensor must be there, fit and be finite.
 
     `adapter` is a folder in PEFT's format, or several: each is put into what the one before it made.
-    `auto` keeps the stored dtypes; float32 converts all; a narrower dtype leaves A_log, D and dt_bias as they are.
+    `auto` keeps the stored dtypes; float32 converts all; a narrower dtype leaves A_log, D and dt_bias as they are. Read
+    `in_pages`, one block at a time is in memory, which takes no adapters.
     Raises InputError for a checkpoint that is damaged or does not fit its config, or an adapter that does not fit the
     model, UnsupportedError for a foreign family, dtype or kind of adapter.
     """
@@ -177,9 +183,15 @@ def load(
     if source.layout == "mamba_ssm" and tokenizer is not None:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-    state = {name: _cast(name, weights.finite(name), dtype).to(device) for name in weights}
-    config.dtype = state[layout.EMBEDDING["hf"]].dtype
-    loaded = arch.assemble(state, device)
+
+    def fetch(name: str) -> Tensor:
+        return _cast(name, weights.finite(name), dtype).to(device)
+
+    config.dtype = weights.dtype(layout.EMBEDDING["hf"]) if dtype == "auto" else dtype
+    if in_pages:
+        loaded = paged(arch, weights, fetch, device)
+    else:
+        loaded = arch.assemble({name: fetch(name) for name in weights}, device)
     if (source.folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     for each in found:
@@ -187,6 +199,21 @@ def load(
     use_backend(loaded, kernels.choose(backend))
     install(loaded, arch.policy)
     return Checkpoint(loaded, tokenizer, arch, source, weights, found)
+
+
+def edited_pages(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
+    """What edits make of a checkpoint that is read in pages, read in pages."""
+    surgery, model = Surgery(checkpoint.arch, edits), checkpoint.model
+    made = Edited(checkpoint.stored, surgery, edits)
+
+    def fetch(name: str) -> Tensor:
+        return _cast(name, made[name], model.dtype).to(model.device)
+
+    edited = paged(surgery.arch, made, fetch, model.device)
+    edited.generation_config = model.generation_config
+    use_backend(edited, next(mixers(model)).backend)
+    install(edited, surgery.policy and surgery.arch.policy)
+    return replace(checkpoint, model=edited, arch=surgery.arch)
 
 
 def headers(source: Source) -> tuple[Arch, Shards]:

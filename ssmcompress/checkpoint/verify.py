@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from ssmcompress.arch.backbone import dense, reduces
+from ssmcompress.arch.pages import pages
 from ssmcompress.arch.pruned import CODE, auto_map
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.checkpoint.shards import read_json
@@ -45,9 +46,13 @@ class Verification:
 def verify(folder: Path, model: PreTrainedModel, *, stock: bool = True) -> Verification:
     """Loads the folder in float32 with `AutoModelForCausalLM` (where `stock`) and with `load`, and compares logits.
 
+    A model that is read in pages is compared with the folder read in pages, for all of it may not fit into memory.
+
     Where the config is none of transformers', that runs the code in the folder, which must be what this package writes.
     SsmcompressError where a loader fails, leaves a weight to chance, or differs by more than 1e-4 of the largest logit.
     """
+    in_pages = pages(model) is not None
+    stock = stock and not in_pages
     wanted, own = logits(model), stock and not arch_for(model.config).stock
     reduced = logits(model, reduce=True) if reduces(model) else None
     if own:
@@ -55,7 +60,7 @@ def verify(folder: Path, model: PreTrainedModel, *, stock: bool = True) -> Verif
     with _quiet():  # the stock model would tell, every time, which kernels it does without
         theirs = _difference("transformers", _stock(folder, own), wanted) if stock else None
     try:
-        ours = load(str(folder), dtype=torch.float32, device=model.device).model
+        ours = load(str(folder), dtype=torch.float32, device=model.device, in_pages=in_pages).model
     except (InputError, UnsupportedError) as error:
         raise _failed("ssmcompress", error.message) from error
     tokens, difference = wanted.shape[0] * wanted.shape[1], _difference("ssmcompress", ours, wanted)
@@ -103,12 +108,16 @@ def logits(model: PreTrainedModel, *, reduce: bool = False) -> Tensor:
 
 @contextmanager
 def _float32(model: PreTrainedModel) -> Iterator[None]:
+    if (blocks := pages(model)) is not None:
+        blocks.widen(True)
     stored = [(parameter, parameter.data) for parameter in model.parameters()]
     training = model.training
     model.float().eval()
     try:
         yield
     finally:
+        if blocks is not None:
+            blocks.widen(False)
         for parameter, data in stored:
             parameter.data = data
         model.train(training)

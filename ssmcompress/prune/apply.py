@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssmcompress.arch.base import DECAYS, Arch
 from ssmcompress.calib.states import DecaysInTime, EntriesInTime
 from ssmcompress.calib.stats import Hessian, SquaredSum, Statistic
+from ssmcompress.calib.stream import Room
 from ssmcompress.calib.walk import Walk
 from ssmcompress.edits import Edit, Forget, Mask, Replace, TensorEdit, apply, apply_edit
 from ssmcompress.events import Emit, LayerDone, Phase, ignore
@@ -37,6 +38,7 @@ def find_edits(
     dtypes: Mapping[str, torch.dtype] | None = None,
     emit: Emit = ignore,
     finished: MutableMapping[int, list[Edit]] | None = None,
+    room: Room | None = None,
 ) -> list[Edit]:
     """The edits of a step, already made to the model; windows [n, L] of token ids, which magnitude does not need.
 
@@ -54,7 +56,8 @@ def find_edits(
     else:
         assert windows is not None, f"{step.method} needs calibration"
         collect = STATISTICS[step.method]
-        walk = Walk(dict.fromkeys(map(_tap, pruner.inner), collect), pruner.walked, known=tuple(pruner.finished))
+        taps = dict.fromkeys(map(_tap, pruner.inner), collect)
+        walk = Walk(taps, pruner.walked, known=tuple(pruner.finished), room=room)
         hidden = walk.run(model, arch, windows, emit)
         if pruner.outer:
             head = collect.of(hidden[0])

@@ -14,8 +14,8 @@ from ssmcompress.arch.base import Arch
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Edit, Keep
 from ssmcompress.events import Emit, LayerDone, Note, Phase, ignore
+from ssmcompress.prune.blocks import less, may_go, strongest, units, unreduced
 from ssmcompress.prune.scores import cosine_distance
-from ssmcompress.prune.sizes import best, units
 from ssmcompress.steps import LAYER, Cut
 
 Blocks = Sequence[Callable[[Tensor], Tensor]]
@@ -37,16 +37,15 @@ def find_blocks(
     What `finished` holds of a greedy search is not searched again.
     """
     emit(Phase(f"choosing {step.axis}s by {step.criterion}", arch.layers))
-    there = units(arch, step.axis)
     if step.criterion == "random":
         score = torch.rand(arch.layers, generator=torch.Generator().manual_seed(seed))
-        return [Keep(step.axis, None, best(score.masked_fill(~there, -1), after))]
+        return [Keep(step.axis, None, strongest(arch, step.axis, score, after))]
     assert windows is not None
     search = _Search(model, arch, step.axis, windows)
     if step.criterion == "shedder":
-        keep = search.shed(there, after, emit, {} if finished is None else finished)
+        keep = search.shed(units(arch, step.axis), after, emit, {} if finished is None else finished)
     else:
-        keep = best(search.similarity(emit).masked_fill(~there, -1), after)
+        keep = strongest(arch, step.axis, search.similarity(emit), after)
     return [Keep(step.axis, None, keep)]
 
 
@@ -58,8 +57,8 @@ class _Search:
         self.blocks: Blocks = list(arch.blocks(model))
         self.without: Blocks = [_nothing] * arch.layers
         if axis != LAYER:
-            silent = Surgery(arch, [Keep(axis, None, torch.zeros(arch.layers, dtype=torch.bool))]).operate(model)
-            self.without = list(arch.blocks(silent))
+            silent = Surgery(unreduced(arch), [Keep(axis, None, torch.zeros(arch.layers, dtype=torch.bool))])
+            self.without = list(arch.blocks(silent.operate(model)))
 
     def shed(self, there: Tensor, after: int, emit: Emit, finished: MutableMapping[int, list[Edit]]) -> Tensor:
         """Takes away one unit after the other, each time the one without which the text is likeliest (Mamba-Shedder).
@@ -70,8 +69,8 @@ class _Search:
         for turn in range(turns):
             started = time.perf_counter()
             if turn not in finished:
-                costs = {gone: self.cost(_less(there, gone)) for gone in there.nonzero().flatten().tolist()}
-                finished[turn] = [Keep(self.axis, None, _less(there, min(costs, key=lambda gone: costs[gone])))]
+                costs = {gone: self.cost(less(there, gone)) for gone in may_go(self.arch, self.axis, there)}
+                finished[turn] = [Keep(self.axis, None, less(there, min(costs, key=lambda gone: costs[gone])))]
                 left = int(there.sum()) - 1
                 emit(Note(f"{left} {self.axis}s: {min(costs.values()):.4f} nats a token."))
             there = cast(Keep, finished[turn][0]).keep
@@ -101,10 +100,6 @@ class _Search:
 
 def _nothing(hidden: Tensor) -> Tensor:
     return hidden
-
-
-def _less(there: Tensor, gone: int) -> Tensor:
-    return there & (torch.arange(len(there)) != gone)
 
 
 def likelihood(model: PreTrainedModel, arch: Arch, windows: Tensor, blocks: Blocks) -> float:

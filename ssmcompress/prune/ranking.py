@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch
+from ssmcompress.calib.stream import Room
 from ssmcompress.calib.walk import Walk
 from ssmcompress.edits import Edit, Keep
 from ssmcompress.events import Emit, Event, LayerDone, Note, Phase, ignore
@@ -29,6 +30,7 @@ def choose(
     seed: int = 0,
     emit: Emit = ignore,
     finished: MutableMapping[int, list[Edit]] | None = None,
+    room: Room | None = None,
 ) -> list[Keep]:
     """The units that stay, one edit a layer: the best of the whole model that the step's budget has room for.
 
@@ -36,7 +38,7 @@ def choose(
     """
     finished = {} if finished is None else finished
     if arch.layers not in finished:
-        scores = rank(model, arch, step, size.layers, windows, seed, emit)
+        scores = rank(model, arch, step, size.layers, windows, seed, emit, room)
         layers = shared_out(arch, step, weights, scores)
         finished[arch.layers] = [
             Keep(step.axis, layer, best(score, after, arch.runs(step.axis, after)))
@@ -58,6 +60,7 @@ def rank(
     windows: Tensor | None = None,
     seed: int = 0,
     emit: Emit = ignore,
+    room: Room | None = None,
 ) -> list[Tensor]:
     """The scores [units] of every layer's units on one scale, from the dense model and windows [n, L] of token ids.
 
@@ -81,7 +84,7 @@ def rank(
         emit(replace(event, error=None) if isinstance(event, LayerDone) else event)
 
     if (taps := TAPS.get(step.criterion)) and windows is not None:
-        Walk(taps, look, known=bare).run(model, arch, windows, tell)
+        Walk(taps, look, known=bare, room=room).run(model, arch, windows, tell)
         return found
     for layer, block in enumerate(arch.blocks(model)):
         started = time.perf_counter()

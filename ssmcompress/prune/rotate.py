@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+NOTHING = torch.finfo(torch.float32).tiny  # a state of less is never held, or never read
+
 
 def bases(held: Tensor, read: Tensor, fewer: int) -> tuple[Tensor, Tensor]:
     """The bases of B and of C [groups, fewer, states] float32, of which the scan loses least with so few states.
@@ -14,7 +16,8 @@ def bases(held: Tensor, read: Tensor, fewer: int) -> tuple[Tensor, Tensor]:
     the squares of the others.
     """
     L, R, U, values, Y = _balanced(held, read)
-    scale = values[:, :fewer].clamp_min(torch.finfo(values.dtype).eps * values[:, :1]).rsqrt()
+    scale = values.clamp_min(torch.finfo(values.dtype).eps * values[:, :1]).rsqrt()[:, :fewer]
+    scale = scale.where(values[:, :fewer] > NOTHING, 0)
     B = scale[:, :, None] * (U[:, :, :fewer].mT @ R.mT)
     C = scale[:, :, None] * (Y[:, :fewer] @ L.mT)
     return B.float(), C.float()

@@ -60,7 +60,7 @@ def shared_out(arch: Arch, step: Cut, weights: Weights, scores: Sequence[Tensor]
         if not sum(least) <= wanted <= sum(before):
             few = wanted < sum(least)
             reason = "every layer keeps some" if few else f"there are {sum(before)}"
-            raise _impossible(step, sum(before), wanted, reason, sum(least if few else before))
+            raise _beyond(step, sum(before), wanted, reason, sum(least if few else before))
         return share(wanted)
     kind, bound, relative = budget(step.target)
 
@@ -89,7 +89,7 @@ def _of_model(arch: Arch, step: Cut, weights: Weights) -> Size:
     whole, after, note = sum(before), sum(layers), ""
     if step.target is None and after != (wanted := _wanted(step, whole)):
         if (step.keep or 0) > 1 or wanted - after > max(1, APART * whole):
-            raise _impossible(step, whole, wanted, _why(arch, step), after)
+            raise _beyond(step, whole, wanted, _why(arch, step), after)
         note = f"{after} of {whole} {step.axis}s stay, not {wanted:g}: {_why(arch, step)}."
     least = sum(each[0] for each in _possible(arch, step))
     return Size(step.axis, whole, after, note, tuple(layers), open=max(before) < whole and least < after < whole)
@@ -97,25 +97,37 @@ def _of_model(arch: Arch, step: Cut, weights: Weights) -> Size:
 
 def _of_each(arch: Arch, step: Cut) -> Size:
     """The same share of every layer, of layers that differ, to the nearest size that each can have."""
-    before, keep = _before(arch, step), step.keep or 0.0
+    sizes, keep = _possible(arch, step), step.keep or 0.0
+    before = [each[-1] for each in sizes]
     if step.target is not None or keep > 1:
         some = [units for units in before if units]
         spread = f"{min(some)} to {max(some)}" if min(some) < max(some) else "different numbers of"
-        near = f"--keep {keep / max(some):.2g}" if 1 < keep < max(some) else "--keep 0.5"
+        near = _near(sizes, keep / max(some) if 1 < keep < max(some) else 0.5)
         raise UnsupportedError(
             f"The layers have {spread} {step.axis}s; one size for all is not chosen among those.",
-            hint=f"Say a share of each ({near}), or --scope model.",
+            hint=f"Say a share of each (--keep {near:g}), or --scope model.",
         )
-    layers = [
-        min(sizes, key=lambda each: (abs(each - keep * units), each))
-        for units, sizes in zip(before, _possible(arch, step), strict=True)
-    ]
-    whole, after = sum(before), sum(layers)
-    wanted = keep * whole
-    if not keep or (keep < 1 and after == whole) or abs(after - wanted) > max(1, APART * whole):
-        raise _impossible(step, whole, wanted, _why(arch, step) if keep else "every layer keeps some", after)
+    layers, whole = _even(sizes, keep), sum(before)
+    after, wanted = sum(layers), keep * whole
+    if not layers:
+        reason, near = why(arch, step, *sizes) if keep else "every layer keeps some", _near(sizes, keep)
+        raise _impossible(step, whole, wanted, reason, sum(_even(sizes, near)), near)
     note = "" if after == wanted else f"{after} of {whole} {step.axis}s stay, not {wanted:g}: {_why(arch, step)}."
     return Size(step.axis, whole, after, note, tuple(layers))
+
+
+def _even(sizes: Sequence[Sequence[int]], keep: float) -> list[int]:
+    """Of the possible sizes of each layer those nearest to a share of it; none where they are no such share of all."""
+    layers = [min(each, key=lambda size: (abs(size - keep * each[-1]), size)) for each in sizes]
+    whole, after = sum(each[-1] for each in sizes), sum(layers)
+    far = abs(after - keep * whole) > max(1, APART * whole)
+    return [] if not keep or (keep < 1 and after == whole) or far else layers
+
+
+def _near(sizes: Sequence[Sequence[int]], keep: float) -> float:
+    """The nearest share, in hundredths, that all layers can keep."""
+    possible = (percent / 100 for percent in range(1, 101) if _even(sizes, percent / 100))
+    return min(possible, key=lambda share: abs(share - keep))
 
 
 def _before(arch: Arch, step: Cut) -> list[int]:
@@ -137,8 +149,13 @@ def _why(arch: Arch, step: Cut) -> str:
     return why(arch, step, *_possible(arch, step))
 
 
-def _impossible(step: Cut, whole: int, wanted: float, reason: str, near: int) -> UnsupportedError:
+def _beyond(step: Cut, whole: int, wanted: float, reason: str, near: int) -> UnsupportedError:
+    # a rounded share may fall short of the least; but 1 is a share, not a number
+    return _impossible(step, whole, wanted, reason, near, near if near > 1 else 1 / whole)
+
+
+def _impossible(step: Cut, whole: int, wanted: float, reason: str, near: int, keep: float) -> UnsupportedError:
     return UnsupportedError(
         f"{wanted:g} of the {whole} {step.axis}s of all layers cannot stay: {reason}.",
-        hint=f"Possible: {near} (--keep {near / whole:.4g}).",
+        hint=f"Possible: {near} (--keep {keep:.10g}).",
     )

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ssmcompress.arch.base import BIAS, ROTATION, Arch
+from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Add, Edit, Keep
 from ssmcompress.errors import UnsupportedError
+from ssmcompress.prune.blocks import fewest, strongest, units
 from ssmcompress.steps import GROUP, LAYER, SSM, WIDTH, Cut, budget
 
 CHANNELS = 8  # the kernels read channels by so many
@@ -24,6 +26,10 @@ WHY = {
     "width": f"the kernels read dimensions by {CHANNELS}",
     "ssm": "a stock config has a scan in every block",
     "state": "the scan pads the states of Mamba-2 to a power of two, and gains nothing between",
+}
+NEEDED = {
+    "layer": "tokens leave after one block, and another must follow",
+    "ssm": "tokens leave by what more scans hold",
 }
 
 
@@ -56,6 +62,12 @@ class Weights:
         itemsize = {name: values.itemsize for name, values in surgery.added.items()} | dict(self.itemsize)
         shapes = {new: surgery.shape(old, before[old]) for new, old in names.items()}
         return Weights(shapes, {new: itemsize[old] for new, old in names.items()})
+
+    def block(self, prefix: str, alone: str) -> "Weights":
+        """Those of one block, under the prefix that it has alone."""
+        names = {name: alone + name.removeprefix(prefix) for name in self.shapes if name.startswith(prefix)}
+        shapes = {new: self.shapes[name] for name, new in names.items()}
+        return Weights(shapes, {new: self.itemsize[name] for name, new in names.items()})
 
 
 class Stored(Protocol):
@@ -111,7 +123,7 @@ def size(arch: Arch, step: Cut, weights: Weights) -> Size:
         return Size(step.axis, before, near)
     if keep > 1 or near == before or wanted < 0.5 or abs(near - wanted) > max(1, APART * before):
         raise _impossible(arch, step, before, wanted, sizes)
-    cause = why(arch, step, sizes)
+    cause = _cause(arch, step, wanted, sizes)
     return Size(step.axis, before, near, f"{near} of {before} {step.axis}s stay, not {wanted:g}: {cause}.")
 
 
@@ -127,11 +139,6 @@ def count(arch: Arch, axis: str) -> int:
     return known[axis]
 
 
-def units(arch: Arch, axis: str) -> Tensor:
-    """The layers [layers] (bool) that are units of the axis of whole blocks, or of that of their scans."""
-    return torch.tensor([axis == LAYER or arch.has_scan(layer) for layer in range(arch.layers)])
-
-
 def unlike(arch: Arch, axis: str) -> set[str]:
     """The axes on which blocks differ, where scores choose which of them go or lose their scan."""
     if axis not in (LAYER, SSM):
@@ -143,7 +150,7 @@ def unlike(arch: Arch, axis: str) -> set[str]:
 
 def possible(arch: Arch, step: Cut, before: int) -> list[int]:
     """The sizes that an axis can have, ascending, with the present one."""
-    sizes = list(range(1, before))
+    sizes = list(range(fewest(arch, step.axis), before))
     if step.axis == "head":
         sizes = [each for each in sizes if each % arch.config.n_groups == 0]
     elif step.axis == GROUP:
@@ -176,7 +183,7 @@ def expressible(arch: Arch, axis: str, size: int) -> bool:
 
 def why(arch: Arch, step: Cut, *possible: Sequence[int]) -> str:
     """What keeps an axis from having any size, where these are possible, of one layer after the other."""
-    if all(len(sizes) == sizes[-1] for sizes in possible if sizes[-1]):
+    if all(len(sizes) == sizes[-1] - fewest(arch, step.axis) + 1 for sizes in possible if sizes[-1]):
         return "units are whole"
     if step.axis == GROUP and stock_only(arch, step):
         return "a stock config has as many groups of B and C as of the norm"
@@ -215,17 +222,21 @@ def require_form(arch: Arch, step: Cut) -> None:
 def outline(arch: Arch, step: Cut, after: int | Sequence[int], weights: Weights | None = None) -> list[Edit]:
     """Edits of the shapes that any choice of units has: they keep the first of each layer, of every group alike.
 
+    Of blocks and scans, which may differ, they keep the first that may stay without the others.
+
     With the weights, what is added has as many bytes an entry as it will be stored in.
     """
     if step.axis in (LAYER, SSM):
-        there = units(arch, step.axis)
-        return [Keep(step.axis, None, there & (there.cumsum(0) <= after))]
+        assert isinstance(after, int)
+        return [Keep(step.axis, None, strongest(arch, step.axis, torch.zeros(arch.layers), after))]
     if step.axis == WIDTH:
         return [Keep(WIDTH, None, torch.arange(arch.width) < after)]
     found: list[Edit] = []
-    for layer, size in enumerate(each_layer(arch, step.axis, after)):
+    layers = each_layer(arch, step.axis, after)
+    fewer = layers != [sizes[step.axis] for sizes in arch.sizes]
+    news = (ROTATION if step.rotates else ()) + ((BIAS,) if step.correction == "bias" and fewer else ())
+    for layer, size in enumerate(layers):
         sizes, places = arch.sizes[layer] | {WIDTH: arch.width}, arch.additions(layer)
-        news = (ROTATION if step.rotates else ()) + ((BIAS,) if step.correction == "bias" else ())
         if size and not step.rotates:
             runs = arch.runs(step.axis, size)
             there = torch.arange(sizes[step.axis] // runs) < size // runs
@@ -263,21 +274,46 @@ def best(score: Tensor, after: int, runs: int = 1) -> Tensor:
 
 
 def _within(arch: Arch, step: Cut, sizes: list[int], weights: Weights) -> int:
-    """The largest possible size whose model is within the budget."""
+    """The largest possible size whose model is within the budget, whichever units stay."""
     kind, bound, share = budget(step.target or "")
+    whole = figures(Surgery(arch, ()), weights).of(kind)  # before the step adds anything
+    blocks = step.axis in (LAYER, SSM)
+    light = lightest(arch, step.axis, kind, weights) if blocks and len(sizes) > 1 else []
 
     def amount(after: int) -> int:
+        if blocks:
+            return whole - sum(light[: sizes[-1] - after])
         return figures(Surgery(arch, outline(arch, step, after, weights)), weights).of(kind)
 
-    whole = figures(Surgery(arch, ()), weights).of(kind)  # before the step adds anything
     index = bisect_right(sizes, bound * whole if share else bound, key=amount)
     if not index:
-        least = amount(sizes[0])
+        least, verb = amount(sizes[0]), "may leave" if unlike(arch, step.axis) else "leave"
         raise UnsupportedError(
-            f"{step.target} is out of reach of the axis {step.axis}: {sizes[0]} of {sizes[-1]} leave {least:,}.",
+            f"{step.target} is out of reach of the axis {step.axis}: {sizes[0]} of {sizes[-1]} {verb} {least:,}.",
             hint=f"The least is {kind}={-(-least * 100 // whole)}%.",
         )
     return sizes[index - 1]
+
+
+def lightest(arch: Arch, axis: str, kind: str, weights: Weights) -> list[int]:
+    """What each block, or its scan, has of what a budget bounds, the least first."""
+    found = []
+    for layer in units(arch, axis).nonzero().flatten().tolist():
+        alone = arch_for(arch.resized([arch.sizes[layer]], rotated=[arch.rotated[layer]]))
+        own = weights.block(arch.prefix(layer), alone.prefix(0))
+        left = 0
+        if axis == SSM:
+            left = figures(Surgery(alone, [Keep(SSM, None, torch.tensor([False]))]), own).of(kind)
+        found.append(figures(Surgery(alone, ()), own).of(kind) - left)
+    return sorted(found)
+
+
+def _cause(arch: Arch, step: Cut, wanted: float, sizes: list[int]) -> str:
+    """What keeps so many units from staying, where these sizes are possible."""
+    least = fewest(arch, step.axis)
+    if wanted >= least:
+        return why(arch, step, sizes)
+    return "at least one must" if least == 1 else NEEDED[step.axis]
 
 
 def _impossible(arch: Arch, step: Cut, before: int, wanted: float, sizes: list[int]) -> UnsupportedError:
@@ -290,7 +326,7 @@ def _impossible(arch: Arch, step: Cut, before: int, wanted: float, sizes: list[i
     elif wanted != int(wanted) and wanted == step.keep:
         reason = "units are whole"
     else:
-        reason = "at least one must" if wanted < 1 else why(arch, step, sizes)
+        reason = _cause(arch, step, wanted, sizes)
     forced = " Or say --any-size." if wanted in freer else ""
     return UnsupportedError(
         f"{wanted:g} of {before} {step.axis}s cannot stay: {reason}.", hint=f"The nearest possible: {near}.{forced}"

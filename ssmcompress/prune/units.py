@@ -17,6 +17,7 @@ from ssmcompress.arch.mixer import mixers, use_backend
 from ssmcompress.arch.surgery import Surgery, removed
 from ssmcompress.calib.states import Gramians, States, StatesInTime
 from ssmcompress.calib.stats import Activity, Spread, SquaredSum, Statistic
+from ssmcompress.calib.stream import Room
 from ssmcompress.calib.walk import Walk
 from ssmcompress.edits import Add, Edit, Keep, Replace
 from ssmcompress.events import Advance, Emit, LayerDone, Phase, ignore
@@ -51,6 +52,7 @@ def find_units(
     emit: Emit = ignore,
     finished: MutableMapping[int, list[Edit]] | None = None,
     chosen: Sequence[Keep] = (),
+    room: Room | None = None,
 ) -> list[Edit]:
     """The units of a block's axis that stay, and the new values that make up for the others.
 
@@ -68,7 +70,7 @@ def find_units(
     cutter = _Cutter(model, arch, step, after, dtypes or {}, fisher, seed, {} if finished is None else finished, chosen)
     if step.calibrated and windows is not None:
         known = (*cutter.finished, *without(arch, step.axis))
-        Walk(cutter.taps, cutter.block, known=known).run(model, arch, windows, emit)
+        Walk(cutter.taps, cutter.block, known=known, room=room).run(model, arch, windows, emit)
         return cutter.found
     for layer, block in enumerate(arch.blocks(model)):
         started = time.perf_counter()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,41 @@ def test_corrections_replay_too(models, small, tmp_path, name, axis, correct):
     assert lasting(again) == lasting(out)
     with pytest.raises(InputError, match="new values made for other weights"):
         ssmcompress.apply(out / "edits.safetensors", str(other(models[name], tmp_path)), out=tmp_path / "wrong")
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "correct"),
+    [
+        ("falcon_mamba", "channel", "refit"),
+        ("mamba", "channel", "bias"),
+        ("mamba", "width", "rescale"),
+        ("mamba2-grouped", "group", None),
+        ("mamba2", "layer", None),
+    ],
+)
+def test_where_everything_stays_nothing_changes(models, small, tmp_path, name, axis, correct):
+    how = {"axis": axis, "keep": 1, "correct": correct}
+    out = ssmcompress.prune(models[name], out=tmp_path / "out", **how, **small).folder
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (models[name], out))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert not (out / "modeling_ssmcompress.py").exists()
+    assert {record.status for record in manifest.read(out).tensors} == {"kept"}
+    planned = ssmcompress.plan(models[name], **how)
+    assert planned.stock and planned.after == planned.before
+
+
+@pytest.mark.parametrize(
+    ("much", "left"), [({"keep": 2}, 2), ({"target": "params=70%"}, 3), ({"target": "params=65%"}, 3)]
+)
+def test_blocks_go_from_a_model_of_which_tokens_leave(small, tmp_path, much, left):
+    ssmcompress.reduce_tokens("ref:mamba", out=tmp_path / "reduced", no_eval=True)
+    how = {"axis": "layer", "method": "random"} | much
+    planned = ssmcompress.plan(str(tmp_path / "reduced"), **how)
+    assert planned.sizes[0].after == left and planned.tokens.policy.layers
+    for seed in range(3):
+        out = ssmcompress.prune(str(tmp_path / "reduced"), out=tmp_path / f"{seed}", seed=seed, **how, **small).folder
+        told = manifest.read(out)
+        assert len(told.shape.layers) == left and told.tokens.policy.layers
 
 
 def other(model, tmp_path):
@@ -186,7 +222,7 @@ def test_a_run_that_was_stopped_goes_on(run, models, text, tmp_path, monkeypatch
         (
             ("mamba", "--axis", "state", "--keep", 1.5, "--scope", "model"),
             3,
-            ("every layer keeps some", "2 (--keep 0.1"),
+            ("every layer keeps some", "2 (--keep 2)"),
         ),
         (("mamba", "--axis", "state", "--keep", 0.5, "--scope", "model", "--stock-only"), 3, ("no config of transf",)),
         (

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ssmcompress
@@ -98,6 +99,20 @@ def test_the_plan_says_that_layers_will_differ_and_names_no_size_of_theirs(model
     )
     whole = ssmcompress.plan(models["mamba2"], axis="state", keep=1, scope="model")
     assert whole.stock and whole.after == whole.before
+
+
+def test_blocks_of_different_sizes_keep_to_a_budget_whichever_stay(models, small, tmp_path):
+    channels = {"axis": "channel", "method": "magnitude", "keep": 40, "scope": "model", "correct": "none"}
+    first = ssmcompress.prune(models["mamba"], out=tmp_path / "first", **channels, **small).folder
+    assert len({*manifest.read(first).shape.after.axes["channel"]}) == 2
+    sizes = {key: tensor.numel() for key, tensor in load_file(first / "model.safetensors").items()}
+    dear = sum(sizes.values()) - min(sum(sizes[key] for key in sizes if f"layers.{layer}." in key) for layer in (0, 1))
+    budget = {"axis": "layer", "method": "random", "target": f"params={dear}"}
+    for seed in range(4):
+        out = ssmcompress.prune(str(first), out=tmp_path / f"{seed}", seed=seed, **budget, **small).folder
+        assert manifest.read(out).shape.after.params <= dear
+    with pytest.raises(UnsupportedError, match=f"1 of 2 may leave {dear:,}"):
+        ssmcompress.plan(str(first), axis="layer", method="random", target=f"params={dear - 1}")
 
 
 def test_sizes_that_come_out_alike_leave_a_stock_model(models, small, tmp_path):

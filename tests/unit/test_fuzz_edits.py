@@ -7,27 +7,7 @@ import torch
 
 from ssmcompress import edits
 from ssmcompress.errors import InputError
-
-
-def damage(raw: bytes, rng: random.Random, header: int) -> bytes:
-    """The bytes with a few flipped, overwritten, cut out or doubled, mostly where the structure is."""
-    data = bytearray(raw)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(8 + header if rng.random() < 0.8 else len(data)) % max(len(data), 1)
-        match rng.randrange(5):
-            case 0:
-                data[at : at + 1] = bytes([rng.randrange(256)])
-            case 1:
-                data[at : at + 1] = rng.choice([b"0", b"9", b"-", b'"', b"[", b"}", b",", b"\\", b"\xff"])
-            case 2:
-                del data[at : at + rng.randint(1, 9)]
-            case 3:
-                data[at:at] = data[at : at + rng.randint(1, 9)]
-            case _:
-                del data[rng.randrange(len(data) + 1) :]
-        if not data:
-            break
-    return bytes(data)
+from tests.unit.damage import damage
 
 
 @pytest.fixture(scope="module")

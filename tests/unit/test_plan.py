@@ -6,14 +6,15 @@ import torch
 from ssmcompress import plan as plan_function
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
-from ssmcompress.edits import Mask
+from ssmcompress.edits import Keep, Mask
 from ssmcompress.errors import InputError, ResourceError, SsmcompressError, UnsupportedError
 from ssmcompress.events import Note, Table
 from ssmcompress.plan import expected_kept, forecast, records_of
 from ssmcompress.prune.apply import BLOCK
 from ssmcompress.prune.masks import n_of_m, unstructured
+from ssmcompress.prune.sizes import Weights, figures
 from ssmcompress.prune.targets import Target
-from ssmcompress.steps import Cut, Prune
+from ssmcompress.steps import Cut, Prune, ReduceTokens
 from tests.unit.arch.models import ALL, CONFIGS
 from tests.unit.checkpoint import folders
 from tests.unit.prune.test_sizes import weights
@@ -163,6 +164,35 @@ def test_records_cover_every_tensor_once():
     records = records_of(Surgery(arch, ()), shapes, {mask.tensor: 0.25})
     assert [record.name for record in records] == list(shapes)
     assert [(record.name, record.kept) for record in records if record.status == "pruned"] == [(mask.tensor, 0.25)]
+
+
+@pytest.mark.parametrize("correct", ["none", "bias", "refit"])
+def test_a_step_that_removes_nothing_changes_nothing(correct):
+    arch = arch_for(CONFIGS["mamba"])
+    found = forecast(arch, [Prune(sparsity=0.5), Cut(axis="channel", keep=1, correct=correct)], weights("mamba"))
+    alone = forecast(arch, [Prune(sparsity=0.5)], weights("mamba"))
+    assert found.stock and (found.kept, found.anew) == (alone.kept, alone.anew)
+    assert (found.sizes[0].before, found.sizes[0].after) == (64, 64)
+    assert figures(found.surgery, weights("mamba")) == figures(Surgery(arch, ()), weights("mamba"))
+
+
+@pytest.mark.parametrize("scan", [0, 1])
+def test_the_last_scan_is_there_for_later_steps(scan):
+    """Whichever block it is in, two steps later its states can be cut."""
+    arch = arch_for(CONFIGS["mamba"])
+    one = Surgery(arch, [Keep("ssm", None, torch.arange(2) == scan)])
+    steps = [Cut(axis="layer", keep=0.5), Cut(axis="state", keep=2)]
+    found = forecast(one.arch, steps, weights("mamba").after(one))
+    assert [block["state"] for block in found.surgery.arch.sizes] == [2]
+
+
+def test_a_model_of_which_tokens_leave_loses_blocks_one_step_after_the_other():
+    arch = arch_for(CONFIGS["mamba"])
+    arch = arch_for(arch.resized([arch.sizes[0]] * 6))
+    shapes = {name: parameter.shape for name, parameter in arch.build().named_parameters()}
+    steps = [ReduceTokens(layers=(1, 4), keep=0.8), Cut(axis="layer", keep=4), Cut(axis="layer", keep=2)]
+    found = forecast(arch, steps, Weights(shapes, dict.fromkeys(shapes, 2)))
+    assert found.surgery.arch.layers == 2 and found.surgery.arch.policy.layers == (0,)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from ssmcompress.arch.masked import mask
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
 from ssmcompress.edits import Keep
+from ssmcompress.policy import TokenPolicy
 from ssmcompress.prune.depth import find_blocks, likelihood
 from ssmcompress.steps import Cut
 from tests.unit.arch import models
@@ -101,6 +102,56 @@ def test_a_block_without_a_scan_keeps_none(four, method):
     for seed in range(3):
         (found,) = find_blocks(model, arch_for(model.config), step, 2, models.tokens(2, 14), seed)
         assert int(found.keep.sum()) == 2 and not found.keep[1]
+
+
+def gated(four, *scans):
+    """The model where only these blocks have a scan."""
+    keep = torch.tensor([layer in scans for layer in range(4)])
+    return Surgery(arch_for(four.config), [Keep("ssm", None, keep)]).operate(four)
+
+
+METHODS = pytest.mark.parametrize("method", ["shedder", "similarity", "random"])
+
+
+@METHODS
+@pytest.mark.parametrize("scan", range(4))
+def test_the_only_block_with_a_scan_stays(four, method, scan):
+    model, step = gated(four, scan), Cut(axis="layer", method=method, keep=2)
+    for after, seed in itertools.product((1, 2), range(3)):
+        (found,) = find_blocks(model, arch_for(model.config), step, after, models.tokens(2, 14), seed)
+        assert int(found.keep.sum()) == after and found.keep[scan]
+
+
+@METHODS
+def test_where_no_block_has_a_scan_any_may_go(four, method):
+    model, step = gated(four), Cut(axis="layer", method=method, keep=2)
+    (found,) = find_blocks(model, arch_for(model.config), step, 1, models.tokens(2, 14))
+    assert int(found.keep.sum()) == 1
+
+
+def leaving(four, method, *anchors):
+    """The family of a model of which tokens leave after these blocks."""
+    arch = arch_for(four.config)
+    policy = TokenPolicy(method=method, layers=anchors, keep=0.8)
+    return arch_for(arch.resized(arch.sizes, policy=policy))
+
+
+@METHODS
+@pytest.mark.parametrize("anchor", range(3))
+def test_a_block_stays_before_and_behind_which_tokens_leave(four, method, anchor):
+    arch, step = leaving(four, "utrc", anchor), Cut(axis="layer", method=method, keep=2)
+    for after, seed in itertools.product((2, 3), range(4)):
+        found = find_blocks(four, arch, step, after, models.tokens(2, 14), seed)
+        assert int(found[0].keep.sum()) == after and Surgery(arch, found).arch.policy.layers
+
+
+@METHODS
+def test_scans_that_tokens_leave_by_stay(four, method):
+    arch, step = leaving(four, "simba", 0, 2), Cut(axis="ssm", method=method, keep=2)
+    for seed in range(4):
+        found = find_blocks(four, arch, step, 2, models.tokens(2, 14), seed)
+        assert found[0].keep.tolist() == [True, False, True, False]
+        assert Surgery(arch, found).arch.policy.layers == (0, 2)
 
 
 def test_random_depends_on_the_seed_alone(four):

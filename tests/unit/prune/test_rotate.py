@@ -59,6 +59,17 @@ def test_states_that_are_never_held_cost_nothing():
     assert all(basis.isfinite().all() for basis in bases(held, read, 5))
 
 
+@pytest.mark.parametrize(("held", "read"), [(0, 0), (0, 1), (1, 0)])
+def test_a_scan_that_holds_or_reads_nothing_has_finite_bases(held, read):
+    """Beside one that does, and in the dtype that is stored."""
+    moment, (one, two) = moments(), (torch.tensor([scale, 1.0])[:, None, None] for scale in (held, read))
+    B, C = bases(one * moment[0], two * moment[1], 3)
+    whole = bases(*moment, 3)
+    for basis, as_before in zip((B, C), whole, strict=True):
+        assert not basis[0].any() and torch.equal(basis[1], as_before[1])
+    assert not worths(*torch.zeros(2, 1, STATES, STATES)).any()
+
+
 @torch.no_grad()
 def test_the_moments_are_those_of_every_token():
     model, scans = models.ours("mamba2-grouped"), []

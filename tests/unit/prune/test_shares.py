@@ -1,5 +1,8 @@
 """Sizes of layers that differ: one budget for the model, a share of each layer, and what is refused."""
 
+import itertools
+import re
+
 import pytest
 import torch
 
@@ -71,17 +74,12 @@ def test_a_budget_of_the_model_holds_whatever_the_scores_say(name, axis, kind):
     ("name", "step", "message", "hint"),
     [
         ("mamba", {"axis": "head", "keep": 0.5}, "mamba has no axis 'head'", "channel, state"),
-        ("mamba", {"axis": "state", "keep": 0}, "0 of the 10 states of all layers cannot", "2 (--keep 0.2)"),
-        ("mamba", {"axis": "channel", "keep": 0.05}, "every layer keeps some", "16 (--keep 0.125)"),
-        ("mamba", {"axis": "state", "keep": 11}, "there are 10", "10 (--keep 1)"),
-        ("mamba", {"axis": "channel", "keep": 100}, "read channels by 8", "96 (--keep 0.75)"),
-        ("mamba2", {"axis": "state", "keep": 0.95}, "power of two", "24 (--keep 0.75)"),
-        (
-            "mamba2-limited",
-            {"axis": "group", "keep": 7, "method": "taylor"},
-            "as many are merged into",
-            "6 (--keep 0.375)",
-        ),
+        ("mamba", {"axis": "state", "keep": 0}, "0 of the 10 states of all layers cannot", "2 (--keep 2)"),
+        ("mamba", {"axis": "channel", "keep": 0.05}, "every layer keeps some", "16 (--keep 16)"),
+        ("mamba", {"axis": "state", "keep": 11}, "there are 10", "10 (--keep 10)"),
+        ("mamba", {"axis": "channel", "keep": 100}, "read channels by 8", "96 (--keep 96)"),
+        ("mamba2", {"axis": "state", "keep": 0.95}, "power of two", "24 (--keep 24)"),
+        ("mamba2-limited", {"axis": "group", "keep": 7, "method": "taylor"}, "as many are merged into", "6 (--keep 6)"),
         ("mamba", {"axis": "state", "target": "params=10%"}, "out of reach of the axis state", "The least is params="),
         ("mamba", {"axis": "channel", "keep": 0.5, "stock_only": True}, "no config of transformers", "--stock-only"),
         ("falcon_mamba", {"axis": "channel", "keep": 0.5}, "none of its own for falcon_mamba", "Leave out --scope"),
@@ -91,6 +89,38 @@ def test_what_cannot_be_over_the_model_is_refused(name, step, message, hint):
     with pytest.raises(UnsupportedError) as refused:
         found(name, scope="model", **step)
     assert message in refused.value.message and hint in refused.value.hint
+
+
+ASKED = (0, 0.01, 0.05, 0.1, 0.33, 0.45, 0.55, 0.66, 0.77, 0.95, 0.99, 1.5, 2, 3, 7, 20, 100, 1000)
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("name", ALL)
+def test_what_a_hint_says_is_not_refused_again(name, scope):
+    arch, known, followed = arch_for(ALL[name]), weights(name), 0
+    for axis, keep in itertools.product(arch.axes(), ASKED):
+        step = {"axis": axis, "scope": scope} | ({"method": "taylor"} if axis == "group" else {})
+        try:
+            sized(arch, Cut(keep=keep, **step), known)
+        except UnsupportedError as refused:
+            for number, share in re.findall(r"(?:(\d+) \()?--keep (\d[\d.e-]*\d|\d)", refused.hint):
+                told = sized(arch, Cut(keep=float(share), **step), known)
+                assert told.after == int(number or told.after), refused.hint
+                followed += 1
+    assert followed or name == "falcon_mamba"
+
+
+def test_a_hint_of_one_unit_of_many_is_a_share():
+    """As a number 1 would be all of them."""
+    arch = arch_for(ALL["gated-mamba"])
+    first, last = arch.sizes
+    arch = arch_for(arch.resized([first, last | {"state": 7}]))
+    shapes = {name: tensor.shape for name, tensor in arch.build().named_parameters()}
+    known = Weights(shapes, dict.fromkeys(shapes, 2))
+    with pytest.raises(UnsupportedError, match="every layer keeps some") as refused:
+        sized(arch, Cut(axis="state", keep=0.01, scope="model"), known)
+    (share,) = re.findall(r"1 \(--keep (.+)\)", refused.value.hint)
+    assert sized(arch, Cut(axis="state", keep=float(share), scope="model"), known).after == 1
 
 
 def test_one_group_is_not_merged_and_rotated_ones_have_no_mean():

@@ -1,11 +1,17 @@
 """How many units stay: shares, numbers, budgets, and what is refused with the nearest size."""
 
+import itertools
+import re
+
 import pytest
 import torch
 
 from ssmcompress.arch.registry import arch_for
 from ssmcompress.arch.surgery import Surgery
+from ssmcompress.edits import Keep
 from ssmcompress.errors import UnsupportedError
+from ssmcompress.policy import TokenPolicy
+from ssmcompress.prune.blocks import units, unreduced
 from ssmcompress.prune.shares import sized
 from ssmcompress.prune.sizes import Weights, best, figures, outline, possible, size
 from ssmcompress.steps import Cut
@@ -208,6 +214,95 @@ def test_a_budget_takes_the_largest_size_within(name, axis, kind):
         assert amount(within) <= most
         larger = [each for each in sizes if each > within]
         assert not larger or amount(larger[0]) > most
+
+
+def mixed():
+    """Four blocks of sizes of their own, one of them without a scan, and what is known of their tensors."""
+    arch = arch_for(ALL["pruned-mamba"])
+    first, last = arch.sizes
+    bare = first | {"state": 0, "dt_rank": 0, "channel": 30}
+    arch = arch_for(arch.resized([first, bare, last, last | {"channel": 8}]))
+    shapes = {name: parameter.shape for name, parameter in arch.build().named_parameters()}
+    return arch, Weights(shapes, {name: 4 if name.endswith("A_log") else 2 for name in shapes})
+
+
+def choices(arch, axis, known, kind, after):
+    """What is left of every choice of so many blocks, or scans."""
+    for kept in itertools.combinations(units(arch, axis).nonzero().flatten().tolist(), after):
+        keep = torch.zeros(arch.layers, dtype=torch.bool)
+        keep[list(kept)] = True
+        yield figures(Surgery(arch, [Keep(axis, None, keep)]), known).of(kind)
+
+
+@pytest.mark.parametrize("axis", ["layer", "ssm"])
+@pytest.mark.parametrize("kind", ["params", "state", "memory"])
+def test_a_budget_holds_whichever_blocks_stay(axis, kind):
+    arch, known = mixed()
+    whole = int(units(arch, axis).sum())
+    most = {after: max(choices(arch, axis, known, kind, after)) for after in range(1, whole + 1)}
+    for after, amount in most.items():
+        assert size(arch, Cut(axis=axis, target=f"{kind}={amount}"), known).after == after
+        if after > 1:
+            assert size(arch, Cut(axis=axis, target=f"{kind}={amount - 1}"), known).after == after - 1
+    with pytest.raises(UnsupportedError, match=f"1 of {whole} may leave {most[1]:,}") as refused:
+        size(arch, Cut(axis=axis, target=f"{kind}={most[1] - 1}"), known)
+    assert size(arch, Cut(axis=axis, target=refused.value.hint.split()[-1].rstrip(".")), known).after >= 1
+
+
+def reduced(layers=6, method="utrc", anchors=(1, 2, 3, 4)):
+    """A model of six blocks of which tokens leave, and what is known of its tensors."""
+    arch = arch_for(CONFIGS["mamba"])
+    policy = TokenPolicy(method=method, layers=anchors, keep=0.8)
+    arch = arch_for(arch.resized([arch.sizes[0]] * layers, policy=policy))
+    shapes = {name: parameter.shape for name, parameter in arch.build().named_parameters()}
+    return arch, Weights(shapes, dict.fromkeys(shapes, 2))
+
+
+def test_where_tokens_leave_two_blocks_are_the_least():
+    arch, known = reduced()
+    step = Cut(axis="layer", keep=2)
+    assert size(arch, step, known).after == 2
+    (first,) = outline(arch, step, 2)
+    assert Surgery(arch, [first]).arch.policy.layers == (0,)
+    two, three = (max(choices(unreduced(arch), "layer", known, "params", after)) for after in (2, 3))
+    for bound, after in ((two, 2), (three - 1, 2), (three, 3)):
+        assert size(arch, Cut(axis="layer", target=f"params={bound}"), known).after == after
+    with pytest.raises(UnsupportedError, match=f"2 of 6 leave {two:,}"):
+        size(arch, Cut(axis="layer", target=f"params={two - 1}"), known)
+
+
+@pytest.mark.parametrize(
+    ("layers", "method", "anchors", "step", "message", "hint"),
+    [
+        (2, "utrc", (0,), {"axis": "layer", "keep": 0.5}, "1 of 2 layers cannot stay: tokens leave after", "2 (--ke"),
+        (6, "utrc", (1, 3), {"axis": "layer", "keep": 0.05}, "tokens leave after one block, and another", "2 (--keep"),
+        (6, "simba", (0, 1, 2), {"axis": "ssm", "keep": 2}, "2 of 6 ssms cannot stay: tokens leave by", "3 (--keep"),
+        (6, "simba", (0, 1, 2), {"axis": "ssm", "keep": 2.5}, "2.5 of 6 ssms cannot stay: units are whole", "3 (--ke"),
+    ],
+)
+def test_too_few_blocks_for_tokens_to_leave_are_refused_with_a_way_out(layers, method, anchors, step, message, hint):
+    arch, known = reduced(layers, method, anchors)
+    with pytest.raises(UnsupportedError) as refused:
+        size(arch, Cut(**step), known)
+    assert message in refused.value.message and hint in refused.value.hint
+    for keep in re.findall(r"--keep ([\d.]+\d|\d)", refused.value.hint):
+        assert size(arch, Cut(**step | {"keep": float(keep)}), known).after >= 2
+
+
+def test_a_share_below_the_least_says_what_needs_more():
+    arch, known = reduced()
+    told = size(arch, Cut(axis="layer", keep=0.17), known)
+    assert told.after == 2 and told.note.endswith("not 1.02: tokens leave after one block, and another must follow.")
+    assert size(arch, Cut(axis="layer", keep=0.4), known).note.endswith("not 2.4: units are whole.")
+
+
+def test_nothing_is_added_where_nothing_goes():
+    arch, known = arch_for(CONFIGS["mamba"]), weights("mamba")
+    step = Cut(axis="channel", keep=1, correct="bias")
+    assert all(isinstance(edit, Keep) and bool(edit.keep.all()) for edit in outline(arch, step, 64, known))
+    for scope, whole in (("layer", 64), ("model", 128)):
+        step = Cut(axis="channel", target="params=100%", correct="bias", scope=scope)
+        assert sized(arch, step, known).after == whole
 
 
 def test_figures_count_every_entry_and_its_bytes():
