@@ -51,7 +51,7 @@ def test_the_walk_sees_what_the_model_computes(name):
     arch = arch_for(model.config)
     given, last = streams(model, ids)
     assert [tuple(rows.shape) for rows in hidden] == [(2, 11, 32), (2, 11, 32), (1, 11, 32)]
-    assert torch.allclose(arch.final_norm(model)(torch.cat(hidden)), last, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(arch.final_norm(model)(torch.cat(list(hidden))), last, rtol=1e-5, atol=1e-6)
     for layer, block in enumerate(arch.blocks(model)):
         inputs = block.norm(given[layer]).detach()
         assert seen[layer]["in_proj"].count == 55
