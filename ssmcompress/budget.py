@@ -17,7 +17,7 @@ from ssmcompress.steps import WHOLE, Cut
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BLOCKS = 3  # a block as it was read, its statistics and scores, and what is made of it
 MASKS = 3  # as bits: held, and packed twice when they are written
-SHARDS = 6  # of a budget: a shard is in memory twice while it is written
+SHARDS = 10  # of a budget: a shard is in memory twice while it is written
 
 
 def budget(text: str) -> int:

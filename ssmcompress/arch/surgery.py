@@ -125,8 +125,10 @@ class Surgery:
         else:
             name = self.names(shapes)[edit.tensor]
             shape = self.shapes(shapes)[name]
-        full = torch.full(shape, isinstance(edit, Mask), dtype=whole.dtype, device=whole.device)
         where = self.indices(name, shape)
+        if not where and name in shapes:  # the whole of it is left
+            return replace(edit, tensor=name)
+        full = torch.full(shape, isinstance(edit, Mask), dtype=whole.dtype, device=whole.device)
         grid = [where.get(dim, torch.arange(size)) for dim, size in enumerate(shape)]
         full[torch.meshgrid(*grid, indexing="ij")] = whole
         if isinstance(edit, Mask):
