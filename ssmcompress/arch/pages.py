@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ssmcompress.arch.base import Arch, fill_buffers
 
+MMAP_THRESHOLD, LARGE = -3, 2**20  # of mallopt: bytes that get pages of their own
 Fetch = Callable[[str], Tensor]  # a tensor of the model by its name, in the dtype and where it is computed with
 
 
@@ -33,6 +34,7 @@ class Pages(nn.ModuleList):
         """Where the blocks are read from; none is in memory yet."""
         self.arch, self.fetch, self.device = arch, fetch, device
         self.held, self.wide, self.ahead = None, False, None
+        _give_back()
         self.reader = ThreadPoolExecutor(1) if device.type == "cuda" else None
 
     def __getitem__(self, index: Any) -> Any:
@@ -58,7 +60,6 @@ class Pages(nn.ModuleList):
         if self.held is not None:
             self._modules[str(self.held)].to("meta")
             self.held = None
-            _give_back()
 
     def _state(self, layer: int) -> dict[str, Tensor]:
         ahead, self.ahead = self.ahead, None
@@ -73,9 +74,9 @@ class Pages(nn.ModuleList):
 
 
 def _give_back() -> None:
-    """Lets the system have what was freed: the allocator of glibc keeps the holes that every block leaves."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    """From now on the system has what is freed at once: glibc would keep the holes that every block and mask leaves."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(MMAP_THRESHOLD, LARGE)
 
 
 def paged(arch: Arch, names: Mapping[str, Any], fetch: Fetch, device: str | torch.device = "cpu") -> PreTrainedModel:

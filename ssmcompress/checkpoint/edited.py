@@ -31,6 +31,13 @@ class Edited(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def untouched(self, name: str) -> bool:
+        """Whether a tensor is the source's as it was."""
+        old = self._names[name]
+        if old in self._edits or old in self._surgery.added:
+            return False
+        return not self._surgery.indices(old, self._stored.shape(old))
+
     def dtype(self, name: str) -> torch.dtype:
         """What a tensor is stored in, or one that is new will be."""
         old = self._names[name]

@@ -20,7 +20,7 @@ SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
 INDEX = ".index.json"
 SHARD_SIZE = "5GB"
-MAPPED = 2**28  # bytes of the files that stay mapped once they are read
+MAPPED = 2**26  # bytes of the files that stay mapped once they are read
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

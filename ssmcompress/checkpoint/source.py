@@ -205,8 +205,11 @@ def edited_pages(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
     """What edits make of a checkpoint that is read in pages, read in pages."""
     surgery, model = Surgery(checkpoint.arch, edits), checkpoint.model
     made = Edited(checkpoint.stored, surgery, edits)
+    outside = dict(model.named_parameters())
 
     def fetch(name: str) -> Tensor:
+        if not LAYER.match(name) and made.untouched(name):
+            return outside[name].data
         return _cast(name, made[name], model.dtype).to(model.device)
 
     edited = paged(surgery.arch, made, fetch, model.device)

@@ -1,6 +1,7 @@
 """Whether what was written is what was meant: loaded again from disk, logits beside those of the model in memory."""
 
 import errno
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def verify(folder: Path, model: PreTrainedModel, *, stock: bool = True) -> Verif
         _require_own(folder, model)
     with _quiet():  # the stock model would tell, every time, which kernels it does without
         theirs = _difference("transformers", _stock(folder, own), wanted) if stock else None
+    gc.collect()  # models are circles of references, and here there would be three of them
     try:
         ours = load(str(folder), dtype=torch.float32, device=model.device, in_pages=in_pages).model
     except (InputError, UnsupportedError) as error:
@@ -66,6 +68,8 @@ def verify(folder: Path, model: PreTrainedModel, *, stock: bool = True) -> Verif
     tokens, difference = wanted.shape[0] * wanted.shape[1], _difference("ssmcompress", ours, wanted)
     if reduced is not None:
         difference = max(difference, _difference("ssmcompress", ours, reduced, reduce=True))
+    del ours
+    gc.collect()
     return Verification(tokens, TOLERANCE, theirs, difference, trust_remote_code=own)
 
 
