@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 import ssmcompress
 from ssmcompress import edits as editing
+from ssmcompress import parallel
 from ssmcompress.edits import Replace
+from ssmcompress.errors import InputError
 from ssmcompress.tune.record import MEASURED
 
 SHARED = """
@@ -139,16 +141,20 @@ def test_where_one_dies_the_other_says_so_and_the_run_goes_on_later(models, text
     assert (fresh / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
-def test_what_one_process_does_is_refused_to_several(models, tmp_path):
-    codes, told = processes("from ssmcompress.cli import main; import sys; main(sys.argv[1:])", "convert",
-                            models["mamba"], "--to", "mamba-ssm", "--out", tmp_path / "out")  # fmt: skip
-    assert codes == [0, 2] and "alone" in told[1][1]
-    assert (tmp_path / "out").is_dir()
-
-
-def test_too_little_for_all_is_said(models, text, tmp_path):
-    main = "from ssmcompress.cli import main; import sys; main(sys.argv[1:])"
-    codes, told = processes(main, "prune", models["mamba"], "--calib", text, "--windows", 1, "--length", 32,
-                            "--no-eval", "--out", tmp_path / "out")  # fmt: skip
-    assert codes == [2, 2] and "1 calibration window" in told[0][1]
+def test_what_one_process_does_is_refused_to_several(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(InputError, match="One process does this alone"):
+        ssmcompress.convert(models["mamba"], to="mamba-ssm", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_too_little_for_all_is_said(monkeypatch):
+    parallel.require(1, "calibration windows")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parallel.require(2, "calibration windows")
+    with pytest.raises(InputError, match="1 calibration windows cannot be shared out to 2 processes"):
+        parallel.require(1, "calibration windows")
+    assert parallel.share(range(5)) == range(0, 5, 2)
+    monkeypatch.setenv("RANK", "1")
+    assert parallel.share(range(5)) == range(1, 5, 2) and not parallel.first()

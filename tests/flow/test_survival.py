@@ -12,7 +12,7 @@ import yaml
 
 import ssmcompress
 
-KILLS = 7
+KILLS = 4
 TIMED = ("events.jsonl", "measured.json", "report.html")  # what tells how long something took
 Work = Callable[[Path], object]
 

@@ -1,8 +1,6 @@
 """State tuning from the verb to the adapter's folder, and what the other verbs make of it."""
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -226,23 +224,6 @@ def test_what_is_in_bfloat16_stays_so_and_what_is_learned_does_not(data: Path, t
     model = load("ref:mamba", adapter=out, dtype=torch.bfloat16).model
     assert model.get_parameter("backbone.layers.0.mixer.in_proj.weight").dtype == torch.bfloat16
     assert model.get_parameter("backbone.layers.0.mixer.offset.state").dtype == torch.float32
-
-
-def test_a_run_that_was_killed_goes_on_to_the_same_bytes(data: Path, tmp_path: Path) -> None:
-    given = [sys.executable, "-m", "ssmcompress", "tune-state", "ref:mamba", "--data", str(data / "train.jsonl")]
-    given += ["--steps", "12", "--every", "2", "--out", str(tmp_path / "killed")]
-    with subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
-        assert run.stdout is not None
-        next(line for line in run.stdout if b"step 6" in line)
-        run.kill()
-    assert (tmp_path / "killed.partial" / ".journal").is_dir() and not (tmp_path / "killed").exists()
-    for name in ("whole", "killed"):
-        told: list[str] = []
-        tuned(data, tmp_path / name, steps=12, emit=lambda event, told=told: told.append(str(event)))
-        assert any("step 2:" in event for event in told) == (name == "whole")
-    for name in ("adapter_config.json", "adapter_model.safetensors", "tuning.json", "recipe.yaml"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
-    assert not (tmp_path / "killed" / ".journal").exists()
 
 
 def test_sdt_changes_the_entries_that_it_chose_and_no_others(data: Path, tmp_path: Path) -> None:

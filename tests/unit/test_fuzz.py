@@ -22,7 +22,7 @@ from ssmcompress.tuning import TuneState
 from tests.unit.checkpoint import folders
 from tests.unit.damage import damage, spoil
 
-TIMES = 120
+TIMES = 60
 RECIPE = {
     "model": "ref:mamba",
     "seed": 3,
