@@ -134,12 +134,13 @@ def test_a_quick_run_of_tuning_measures_every_method(monkeypatch: pytest.MonkeyP
         assert f"mamba, 2 layers, no head {method}" in told and f"mamba2 {method}" in told
 
 
-def test_a_quick_run_of_growth_measures_every_curve(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_a_quick_run_of_growth_measures_its_curves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     bench = importlib.import_module("growth")
     with monkeypatch.context() as patch:  # processes of its own take seconds each
         patch.setattr(bench, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+        patch.setattr(bench, "curves", lambda quick, all=bench.curves: all(quick)[::4])
         bench.main(["--quick"])
     told = " ".join(capsys.readouterr().out.split())
     assert "mamba, forward 32 to 64 tokens" in told
-    assert "mamba2, WANDA by layers 1 to 2 layers" in told and "matching within 256" in told
+    assert "mamba, WANDA by layers 1 to 2 layers" in told and "matching anywhere" in told

@@ -137,7 +137,9 @@ def test_options_arrive_as_they_were_given(calls):
     )
     line += " --calib text.jsonl --calib-split train --calib-column text --calib-mix recall --windows 8 --length 64"
     line += " --axis state --keep 0.5 --target state=50% --correct refit --any-size"
-    line += " --no-eval --overwrite --seed 3 --device cuda:1 --dtype bfloat16 --backend torch --out out"
+    line += (
+        " --no-eval --overwrite --max-memory 3GB --seed 3 --device cuda:1 --dtype bfloat16 --backend torch --out out"
+    )
     assert run(*line.split()) == 0
     given = calls[0][1]
     given["out"] = str(given["out"])
@@ -163,6 +165,7 @@ def test_options_arrive_as_they_were_given(calls):
         "windows": 8,
         "length": 64,
         "no_eval": True,
+        "max_memory": "3GB",
         "overwrite": True,
         "seed": 3,
         "device": "cuda:1",
