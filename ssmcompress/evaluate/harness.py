@@ -52,7 +52,8 @@ class Harness:
         with quiet(_nothing):
             self._tasks = TaskManager(include_path=self._paths, include_defaults=False)
             if not set(names) <= set(self._tasks.all_subtasks):  # reading lm-eval's thousands of files takes seconds
-                self._tasks = TaskManager(include_path=self._paths) if include_path else _all_tasks(*self._paths)
+                files = [path for folder in self._paths for path in sorted(Path(folder).rglob("*"))]
+                self._tasks = _all_tasks(tuple(self._paths), tuple((path, path.stat().st_mtime_ns) for path in files))
         self.measures: dict[str, tuple[str, ...]] = {}  # of each task, as samples.jsonl calls them
         for name in names:
             found = self._required(name)
@@ -135,10 +136,10 @@ class Harness:
         return result
 
 
-@functools.cache
-def _all_tasks(*paths: str) -> TaskManager:
-    """The tasks of lm-eval and those of folders that do not change."""
-    return TaskManager(include_path=list(paths))
+@functools.lru_cache(maxsize=2)
+def _all_tasks(folders: tuple[str, ...], files: tuple[tuple[Path, int], ...]) -> TaskManager:
+    """The tasks of lm-eval and those of folders, read again where one of their files has changed since."""
+    return TaskManager(include_path=list(folders))
 
 
 class Model(HFLM):

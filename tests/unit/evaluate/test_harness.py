@@ -302,11 +302,10 @@ aggregate_metric_list:
 """
 
 
-@pytest.fixture
-def groups(tmp_path):
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
     """A folder of groups of shipped tasks, one of them over the other, and a tag."""
-    folder = tmp_path / "groups"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("groups")
     for name, tasks in (("both", "arc_easy_local, openbookqa_local"), ("all", "both, lambada_openai_local")):
         (folder / f"{name}.yaml").write_text(GROUP.format(name=name, tasks=tasks))
     (folder / "again.yaml").write_text(GROUP.format(name="again", tasks="both, arc_easy_local"))
