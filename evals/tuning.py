@@ -28,6 +28,7 @@ import ssmcompress
 from ssmcompress.arch.tunable import TUNABLE
 from ssmcompress.errors import InputError
 from ssmcompress.events import Emit, Note, Terminal
+from ssmcompress.measure.perplexity import DocumentScore, paired_difference
 from ssmcompress.tune_state import LORA_LR
 
 KEPT = Path(__file__).parent / "results"
@@ -46,7 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "state-offset, per-head": {"method": "state-offset", "form": "per-head"},
     "sdt": {"method": "sdt"},
 }
-ALL = tuple(METHODS)
+ALL, BASE = tuple(METHODS), "state-offset"
 MAIN = ALL[:7]
 ALONE = {"state-offset, per-head": "mamba2", "sdt": "mamba"}  # methods of one family
 
@@ -193,25 +194,36 @@ def keep(path: Path, found: dict[str, Any]) -> None:
 
 
 def table(task: str, model: str, found: dict[str, Any]) -> str:
-    """Markdown: the mean of the seeds, and how far they lie apart."""
+    """Markdown: the mean of the seeds and how far they lie apart; 95 % intervals over the prompts."""
     tested = {name: list(each["test"].values()) for name, each in found.items() if each["test"]}
-    figures = [each["name"] for each in next(iter(tested.values()), [{"figures": ()}])[0]["figures"]]
-    columns = ("", "parameters", "lr", "bits per byte", *figures, "s a step", "memory")
-    rows = [columns, ("---",) * len(columns), *(row(name, runs) for name, runs in tested.items())]
+    first = next(iter(tested.values()), [])
+    figures = [each["name"] for each in first[0]["figures"]] if first else []
+    columns = ("", "parameters", "lr", "bits per byte", f"against {BASE}", *figures, "s a step", "memory")
+    rows = [columns, ("---",) * len(columns), *(row(name, runs, tested.get(BASE)) for name, runs in tested.items())]
     return f"### {task}, ref:{model}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
 
 
-def row(name: str, runs: list[dict[str, Any]]) -> tuple[str, ...]:
+def row(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]] | None) -> tuple[str, ...]:
     """Cells of one method."""
-    figures = [[each["value"] for each in same] for same in zip(*(run["figures"] for run in runs), strict=True)]
     bits = [run["after"]["bits_per_byte"] for run in runs]
-    metrics = (_spread(values, 1) for values in figures)
+    spread = f"{np.mean(bits):.4f} ({min(bits):.4f}–{max(bits):.4f})"
+    apart = ""
+    if base not in (None, runs):
+        apart = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*paired_difference(_scores(base), _scores(runs)))
+    figures = (
+        "{:.1f} [{:.1f}, {:.1f}]".format(*np.mean([[each["value"], each["low"], each["high"]] for each in same], 0))
+        for same in zip(*(run["figures"] for run in runs), strict=True)
+    )
     seconds = f"{np.median([run['seconds'] for run in runs]):.2f}"
-    return (name, f"{runs[0]['trainable']:,}", runs[0]["lr"], _spread(bits, 4), *metrics, seconds, _memory(runs))
+    return (name, f"{runs[0]['trainable']:,}", runs[0]["lr"], spread, apart, *figures, seconds, _memory(runs))
 
 
-def _spread(values: list[float], digits: int) -> str:
-    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+def _scores(runs: list[dict[str, Any]]) -> list[DocumentScore]:
+    """The examples in turn, each as likely as its seeds make it on the whole."""
+    nats = np.mean([run["nats"] for run in runs], 0).tolist()
+    return [
+        DocumentScore(each, 1, size, str(i)) for i, (each, size) in enumerate(zip(nats, runs[0]["bytes"], strict=True))
+    ]
 
 
 def _memory(runs: list[dict[str, Any]]) -> str:

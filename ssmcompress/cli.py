@@ -140,6 +140,7 @@ def run(
     out: Out,
     overwrite: Overwrite = False,
     no_eval: NoEval = False,
+    max_memory: MaxMemory = None,
     json: Json = False,
 ) -> None:
     """Do what a recipe says: compress, write, measure, and fail where more was lost than its gate allows."""

@@ -31,8 +31,10 @@ RESOURCES = {
 def telling(json: bool) -> Iterator[Emit]:
     """A listener for the work inside, whose errors become sentences and exit codes; the first process alone tells."""
     terminal = Terminal()
-    emit: Emit = (JsonLines(sys.stdout) if json else terminal) if parallel.first() else ignore
+    emit: Emit = ignore
     try:
+        if parallel.first():
+            emit = JsonLines(sys.stdout) if json else terminal
         with terminal:
             yield emit
             sys.stdout.flush()

@@ -20,12 +20,12 @@ PATIENCE = timedelta(days=1)  # while the first process writes and measures the 
 
 def size() -> int:
     """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return _number("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """Which of them this is, from 0 on."""
-    return int(os.environ.get("RANK") or 0) if size() > 1 else 0
+    return _number("RANK", 0) if size() > 1 else 0
 
 
 def first() -> bool:
@@ -78,6 +78,13 @@ def wait() -> None:
         distributed.barrier()
 
 
+def _number(name: str, usual: int) -> int:
+    told = os.environ.get(name) or str(usual)
+    if not told.isdecimal():
+        raise InputError(f"{name}={told} in the environment is no number.", hint="torchrun sets it; alone, unset it.")
+    return int(told)
+
+
 @contextmanager
 def _joined() -> Iterator[None]:
     """With the others at the other end of the line; ResourceError where one of them has ended."""
@@ -87,7 +94,7 @@ def _joined() -> Iterator[None]:
     try:
         if not distributed.is_initialized():
             if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+                torch.cuda.set_device(_number("LOCAL_RANK", 0))
             distributed.init_process_group(None if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
         yield
     except (RuntimeError, ValueError) as error:

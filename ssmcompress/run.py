@@ -110,19 +110,26 @@ def run(
     out: str | Path,
     no_eval: bool = False,
     overwrite: bool = False,
+    max_memory: str | None = None,
     emit: Emit = ignore,
 ) -> Result:
     """Does what a recipe says, given as such, by its shipped name or by its path, with `key=value` overrides.
 
     Adapters that its last steps learn lie below `out`/adapters. Where the model that its steps make lies in `out`
-    already, only what is left to be learned and measured is done, and the gate is told anew. Raises RecipeError for a
-    recipe that will not do, GateError where more was lost than its gate lets through.
+    already, only what is left to be learned and measured is done, and the gate is told anew. `max_memory` is that of
+    :func:`prune`. Raises RecipeError for a recipe that will not do, UnsupportedError for one that learns or evaluates
+    within `max_memory`, GateError where more was lost than its gate lets through.
     """
     if isinstance(recipe, str):
         recipe = read(recipe, overrides)
     measured = recipe.eval is not None and not no_eval
     if not (measured or recipe.tuned):
-        return _compress(recipe, out, overwrite=overwrite, measure=not no_eval, emit=emit)
+        return _compress(recipe, out, overwrite=overwrite, measure=not no_eval, max_memory=max_memory, emit=emit)
+    if max_memory is not None:
+        raise UnsupportedError(
+            f"What the recipe {'learns' if recipe.tuned else 'evaluates'} needs the whole model at once.",
+            hint="Leave out --max-memory." if recipe.tuned else "Give --no-eval, and evaluate where it has room.",
+        )
     if measured:
         foresee(recipe)
     folder = expanded(out)

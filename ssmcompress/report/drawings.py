@@ -120,18 +120,21 @@ def learning(members: Sequence[Member]) -> Iterable[Drawing]:
     for member in members:
         for each in member.checkpoint.learned:
             loss, validation = each.course.loss, each.course.validation
-            series = [("validation", member.mark, validation)]
+            series: list[tuple[str, int | None, Sequence[tuple[int, float]]]] = [
+                ("validation", member.mark, validation)
+            ]
             said = f"{each.method} on {member.label}: {each.trainable:,} parameters. "
             if each.distilled and loss:
                 said += (
                     f"Its divergence from the teacher went from {loss[0][1]:.4f} to {loss[-1][1]:.4f} nats a token. "
                 )
             elif loss:
-                series.insert(0, ("training", 0, loss))
+                series.insert(0, ("training", None, loss))
                 said += "The line without marks is the loss of training. "
             first, best = validation[0][1], min(value for _, value in validation)
             said += f"Validation went from {first:.4f} to {best:.4f}; the state of update {each.best} was kept."
-            chart = figures.curves(series, "nats a token", f"{each.label}: validation from {first:.4f} to {best:.4f}.")
+            told = f"{each.label}: validation from {first:.4f} to {best:.4f}."
+            chart = figures.curves(series, "update", "nats a token", told)
             yield Drawing(f"Learning {each.label}", chart, said)
 
 

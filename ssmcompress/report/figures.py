@@ -138,19 +138,25 @@ def lines(series: Sequence[tuple[str, int, Mapping[int, float]]], described: str
     return _text(svg)
 
 
-def curves(series: Sequence[tuple[str, int, Sequence[tuple[int, float]]]], y_words: str, described: str) -> str:
-    """Losses by update, a line each, the last with its marks: (name, mark, (update, loss) in turn)."""
+def curves(
+    series: Sequence[tuple[str, int | None, Sequence[tuple[int, float]]]],
+    x_words: str,
+    y_words: str,
+    described: str,
+    *,
+    zero: bool = False,
+) -> str:
+    """What grows or falls by steps, a line each: (name, mark or None for a line without, (step, value) in turn)."""
     svg = _svg(260, described)
     points = [point for _, _, line in series for point in line]
-    y = Axis.of([loss for _, loss in points], 260 - BOTTOM, TOP)
-    x = Axis.of([float(update) for update, _ in points], LEFT, WIDTH - RIGHT, zero=True)
-    _frame(svg, x, y, "update", y_words)
-    for _, number, line in series:
-        path = "M" + "L".join(f"{_near(x.at(update))} {_near(y.at(loss))}" for update, loss in line)
-        SubElement(svg, "path", {"class": f"line m{_colour(number)}", "d": path})
-    name, number, line = series[-1]
-    for update, loss in line:
-        _mark(svg, number, x.at(update), y.at(loss), f"{name}, update {update}: {loss:.4f}")
+    y = Axis.of([value for _, value in points], 260 - BOTTOM, TOP, zero=zero)
+    x = Axis.of([float(step) for step, _ in points], LEFT, WIDTH - RIGHT, zero=True)
+    _frame(svg, x, y, x_words, y_words)
+    for name, number, line in series:
+        path = "M" + "L".join(f"{_near(x.at(step))} {_near(y.at(value))}" for step, value in line)
+        SubElement(svg, "path", {"class": f"line m{_colour(number or 0)}", "d": path})
+        for step, value in line if number is not None else ():
+            _mark(svg, number or 0, x.at(step), y.at(value), f"{name}, {x_words} {step}: {value:.4f}")
     return _text(svg)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import ssmcompress
 from ssmcompress import edits as editing
 from ssmcompress import parallel
+from ssmcompress.cli import main
 from ssmcompress.edits import Replace
 from ssmcompress.errors import InputError
 from ssmcompress.tune.record import MEASURED
@@ -51,6 +52,15 @@ PRUNED = {
     "similarity": ("mamba", {"axis": "ssm", "method": "similarity", "keep": 0.5}),
     "width": ("mamba", {"axis": "width", "method": "minitron", "correct": "rescale", "keep": 0.5}),
 }
+RECIPE = """
+model: {model}
+calibrate: {{text: {text}, windows: 7, length: 32}}
+steps:
+  - {{step: prune, method: wanda}}
+  - {{step: reduce-tokens, flops: 0.1, layers: [0]}}
+  - {{step: tune-state, data: {text}, steps: 2, every: 2, length: 32, batch_size: 4, lr: 0.01}}
+eval: {{perplexity: {text}, limit: 5}}
+"""
 
 
 def processes(script, *arguments):
@@ -81,6 +91,9 @@ def found(models, text, tmp_path_factory):
     tuned = {"data": text, "steps": 4, "every": 2, "length": 32, "batch_size": 4, "lr": 0.01}
     work.append(["tune_state", models["mamba2"], "offset", tuned])
     work.append(["tune_state", models["mamba"], "sdt", tuned | {"method": "sdt", "accumulate": 2, "rank": 2}])
+    recipe = root / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=models["mamba2"], text=text), encoding="utf-8")
+    work.append(["run", str(recipe), "recipe", {}])
     work.append(["evaluate", "ref:mamba", "tasks", {"tasks": "lambada_openai_local", "perplexity": text, "limit": 5}])
     two = [[verb, model, str(root / f"{name}-2"), options] for verb, model, name, options in work]
     codes, told = processes(SHARED, json.dumps(two))
@@ -125,6 +138,14 @@ def test_evaluation_shares_out_documents_and_requests(found):
         assert together == alone
 
 
+def test_a_recipe_is_run_by_all_of_them(found):
+    for name in ("model.safetensors", "config.json", "edits.safetensors"):
+        one, two = ((folder / name).read_bytes() for folder in found("recipe"))
+        assert one == two, name
+    one, two = (json.loads((folder / "eval/tuned/summary.json").read_text()) for folder in found("recipe"))
+    assert one["bits_per_byte"] == pytest.approx(two["bits_per_byte"], rel=1e-4) and two["adapter"] == one["adapter"]
+
+
 def test_where_one_dies_the_other_says_so_and_the_run_goes_on_later(models, text, tmp_path):
     out = tmp_path / "out"
     given = ["prune", models["mamba"], "--calib", text, "--windows", "4", "--length", "32", "--no-eval", "--out"]
@@ -147,6 +168,14 @@ def test_what_one_process_does_is_refused_to_several(models, tmp_path, monkeypat
     with pytest.raises(InputError, match="One process does this alone"):
         ssmcompress.convert(models["mamba"], to="mamba-ssm", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_environment_that_is_no_number_is_said(models, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", models["mamba"], "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert "WORLD_SIZE=many in the environment is no number" in capfd.readouterr().err
 
 
 def test_too_little_for_all_is_said(monkeypatch):

@@ -116,5 +116,20 @@ def test_what_a_budget_cannot_hold_is_refused(models, small, tmp_path, given, er
     assert not list(tmp_path.iterdir())
 
 
+def test_a_recipe_makes_its_model_within_a_budget_too(models, text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {models['mamba2']}\ncalibrate: {{text: {text}, windows: 4, length: 32}}\n"
+        "steps: [{step: prune, axis: state, method: joint, keep: 0.5, any_size: true}, {step: prune, method: wanda}]\n"
+        f"eval: {{perplexity: {text}}}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(UnsupportedError, match="What the recipe evaluates needs the whole model at once"):
+        ssmcompress.run(str(path), out=tmp_path / "a", max_memory="2GB")
+    for name, most in (("a", None), ("b", "2GB")):
+        ssmcompress.run(str(path), out=tmp_path / name, max_memory=most, no_eval=True)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
 def test_a_budget_is_read_as_people_write_it():
     assert [budget.budget(text) for text in ("3GB", "800 mb", "12 KB", "7B")] == [3 * 10**9, 8 * 10**8, 12_000, 7]

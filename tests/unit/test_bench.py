@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from xml.etree.ElementTree import fromstring
 
 import pytest
 import torch
@@ -134,13 +135,21 @@ def test_a_quick_run_of_tuning_measures_every_method(monkeypatch: pytest.MonkeyP
         assert f"mamba, 2 layers, no head {method}" in told and f"mamba2 {method}" in told
 
 
-def test_a_quick_run_of_growth_measures_its_curves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_a_quick_run_of_growth_measures_its_curves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     bench = importlib.import_module("growth")
     with monkeypatch.context() as patch:  # processes of its own take seconds each
         patch.setattr(bench, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-        patch.setattr(bench, "curves", lambda quick, all=bench.curves: all(quick)[::4])
-        bench.main(["--quick"])
+        panels = ("forward", "matching", "WANDA by text")
+        few = [each for each in bench.curves(True) if each.panel in panels]
+        patch.setattr(bench, "curves", lambda quick: few)
+        patch.setattr(bench, "PANELS", panels)
+        patch.setattr(bench, "HERE", tmp_path)
+        bench.main(["--quick", "--keep"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "mamba, forward 32 to 64 tokens" in told
-    assert "mamba, WANDA by layers 1 to 2 layers" in told and "matching anywhere" in told
+    assert "forward, mamba 32 to 64 tokens" in told
+    assert "WANDA by text, mamba2 1 to 2 windows" in told and "matching, anywhere" in told
+    drawn = fromstring((tmp_path / "results-growth.svg").read_text(encoding="utf-8"))
+    assert len([each for each in drawn if each.get("role") == "img"]) == 2 * len(panels)
