@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ssmcompress.tune.tasks import TASKS
 from ssmcompress.tuning import TuneState, columns
 
 HELD_OUT, MOST = 0.05, 512  # the share of examples that validate where none are given, and how many ever do
+AT_ONCE = 1000  # texts that the tokenizer gets: one by one each costs more than its words
 NEAR = 16  # updates that are drawn together, so that examples of like length meet
 HINT = 'Give JSON lines with "prompt" and "completion", a table with --completion "{column}", or plain text.'
 
@@ -54,7 +56,7 @@ def read(source: str | None, tokenizer: Any, step: TuneState, limit: int | None 
             "The tokenizer has no end-of-text token, with which completions end.",
             hint="Set eos_token in its tokenizer_config.json.",
         )
-    found = [each for text in pairs(source, step, limit) for each in _examples(text, tokenizer, end, step.length)]
+    found = list(_examples(pairs(source, step, limit), tokenizer, end, step.length))
     items = tuple(each for each in found if len(each.ids) <= step.length + 1)
     if not items:
         lacking = f"all {len(found)} are longer than {step.length} tokens" if found else "it is empty"
@@ -113,16 +115,20 @@ def shared(data: Examples, other: Examples) -> int:
     return sum(each.sha256 in known for each in other.items)
 
 
-def _examples(text: tuple[str, str], tokenizer: Any, end: int, length: int) -> Iterator[Example]:
-    prompt, completion = text
-    ids: Sequence[int] = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-    if prompt:
-        before = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] or [end]
-        yield _example([*before, *ids, end], len(ids) + 1, prompt, completion)
-        return
-    for start in range(0, len(ids), length):
-        part = ids[start : start + length]
-        yield _example([end, *part], len(part), "", completion if len(ids) <= length else tokenizer.decode(part))
+def _examples(texts: Iterator[tuple[str, str]], tokenizer: Any, end: int, length: int) -> Iterator[Example]:
+    while some := list(islice(texts, AT_ONCE)):
+        unique = list({text: None for pair in some for text in pair})
+        found = tokenizer(unique, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: dict[str, list[int]] = dict(zip(unique, found, strict=True))
+        for prompt, completion in some:
+            answer = ids[completion]
+            if prompt:
+                yield _example([*(ids[prompt] or [end]), *answer, end], len(answer) + 1, prompt, completion)
+                continue
+            for start in range(0, len(answer), length):
+                part = answer[start : start + length]
+                text = completion if len(answer) <= length else tokenizer.decode(part)
+                yield _example([end, *part], len(part), "", text)
 
 
 def _example(ids: list[int], scored: int, prompt: str, completion: str) -> Example:
