@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # sums over threads round otherwise: figures repeat to the last digit only with as many threads
 ONE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: setup demo test check bench regress rebase report clean
+.PHONY: setup demo test test-gpu check bench regress rebase report clean
 
 setup: $(READY)
 
@@ -23,6 +23,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(ONE) $(BIN)/pytest -n 2
+
+test-gpu: $(READY)
+	$(BIN)/python -c "from ssmcompress.kernels import cuda; usable, why = cuda.available(); raise SystemExit(None if usable else why)"
+	$(ONE) $(BIN)/pytest -m gpu tests/gpu
 
 check: $(READY)
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -77,7 +77,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Mamba-1 scan (:func:`reference.selective_scan`), by selective_scan_fn.
 
-    The kernel has no initial state: one is added to its output as C_t · (exp(A ΣΔ) ⊙ h₀), which is exact.
+    The kernel has no initial state: one is added to its output as C_t · (exp(A ΣΔ) ⊙ h₀), which is exact. Nor does it
+    pass on a gradient of the last state, which therefore has none.
     """
     scan = _module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
     u_, dt_, B_, C_ = (tensor.transpose(1, 2).contiguous() for tensor in (u, dt, B, C))
@@ -96,7 +97,7 @@ def selective_scan(
     )
     y = y.transpose(1, 2)
     if state is None:
-        return y, last
+        return y, last.detach()
     elapsed = torch.cumsum(reference.step_size(dt.float(), dt_bias), dim=1)
     faded = [
         torch.einsum("bldn,bln->bld", torch.exp(span[..., None] * A) * state[:, None], read.float())
@@ -105,7 +106,7 @@ def selective_scan(
     y = y.float() + torch.cat(faded, dim=1)
     if z is not None:
         y = y * torch.nn.functional.silu(z.float())
-    return y.to(u.dtype), last + torch.exp(elapsed[:, -1, :, None] * A) * state
+    return y.to(u.dtype), (last + torch.exp(elapsed[:, -1, :, None] * A) * state).detach()
 
 
 def selective_step(

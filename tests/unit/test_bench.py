@@ -153,3 +153,16 @@ def test_a_quick_run_of_growth_measures_its_curves(
     assert "WANDA by text, mamba2 1 to 2 windows" in told and "matching, anywhere" in told
     drawn = fromstring((tmp_path / "results-growth.svg").read_text(encoding="utf-8"))
     assert len([each for each in drawn if each.get("role") == "img"]) == 2 * len(panels)
+
+
+def test_a_quick_run_of_the_card_measures_on_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    bench = importlib.import_module("gpu")
+    monkeypatch.setattr(bench, "HALF", {"mamba2": bench.HALF["mamba2"]})
+    bench.main(["--quick", "--repeats", "1", "--dtypes", "float32"])
+    told = " ".join(capsys.readouterr().out.split())
+    for way in ("dense", "half", "30% of the work less by tokens", "2 x 32"):
+        assert f"mamba2, tiny float32 {way}" in told
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="no CUDA device"):
+            bench.main([])
