@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("chosen", nargs="*", choices=[*CASES, *MODELS, []])
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     with Terminal() as tell:
         for task in [each for each in CASES if each in options.chosen] or CASES:
             for model in [each for each in MODELS if each in options.chosen] or MODELS:
@@ -123,7 +124,7 @@ def measure(task: str, model: str, name: str, data: Path, found: dict[str, Any],
     def bits(power: int) -> float:
         rate = f"{usual * APART**power:g}"
         if rate not in each["validation"]:
-            made = run(task, model, method, data, lr=float(rate))
+            made = tuned(task, model, method, data, lr=float(rate))
             each["validation"][rate] = made["after"]["bits_per_byte"] if made else None
             keep(path, found)
             tell(Note(f"{task}, {model}, {name}, {rate}: {each['validation'][rate]}"))

@@ -1,4 +1,4 @@
-"""Our CPU path against stock transformers, side by side in one process: forward, training step, WANDA, peak memory.
+"""Our CPU path against stock transformers, side by side in one process: reading, decoding, learning, WANDA, memory.
 
 python evals/bench/cpu.py [--threads 1] [--repeats 2] [--quick] [--keep]
 """
@@ -26,7 +26,8 @@ from ssmcompress.events import Emit, Metric, Note, Table, Terminal
 from ssmcompress.kernels import AUTO
 
 HERE = Path(__file__).parent
-AIMS = {"forward": {"mamba": {"float32": 3.0, "bfloat16": 5.0}, "mamba2": {"float32": 1.8, "bfloat16": 2.2}}}
+AIMS = {"forward": {"mamba": {"float32": 3.2, "bfloat16": 5.5}, "mamba2": {"float32": 2.1, "bfloat16": 2.6}}}
+AIMS["decoding"] = {family: {"float32": 1.25} for family in rivals.STOCK}
 AIMS["training step"] = {"mamba": dict.fromkeys(("float32", "bfloat16"), 50.0)}
 AIMS["training step"]["mamba2"] = dict.fromkeys(("float32", "bfloat16"), 2.3)
 TITLES = {"mamba": "Mamba-1", "mamba2": "Mamba-2"}
@@ -40,6 +41,7 @@ class Bench:
 
     shape: rivals.Shape = field(default_factory=rivals.Shape)
     length: int = 512
+    long: int = 2048
     threads: int = 1
     repeats: int = 3
     windows: int = 16
@@ -51,7 +53,7 @@ class Bench:
         return time.process_time() if self.threads == 1 else time.perf_counter()
 
 
-QUICK = Bench(rivals.Shape(32, 2, 64, 4, 16, 8), length=32, repeats=1, windows=2, wanda_layers=2)
+QUICK = Bench(rivals.Shape(32, 2, 64, 4, 16, 8), length=32, long=64, repeats=1, windows=2, wanda_layers=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -108,6 +110,8 @@ def speed(bench: Bench) -> list[tuple[str, ...]]:
             asked = {name: partial(rivals.forward, model, ids) for name, model in others.items()}
             times = rounds(bench, {**asked, "linears": floor})
             lines += compared("forward", family, dtype, times)
+            lines += alone(bench, family, dtype, ours)
+            lines += decoding(bench, family, dtype, others)
             if family == "mamba":
                 lines += mamba_training(bench, dtype, ours, ids, min(times["linears"]))
                 continue
@@ -117,6 +121,26 @@ def speed(bench: Bench) -> list[tuple[str, ...]]:
             training = rounds(replace(bench, repeats=min(bench.repeats, 2)), asked, warm=False)
             lines += compared("training step", family, dtype, training | {"linears": [3 * min(times["linears"])]})
     return lines
+
+
+def alone(bench: Bench, family: str, dtype: str, ours: Any) -> list[tuple[str, ...]]:
+    """A longer text, which would take stock a minute: ours beside its linears."""
+    ids, inputs = rivals.tokens(bench.shape.arch(family), 1, bench.long), rivals.linear_inputs(ours, bench.long)
+    asked = {"ours": partial(rivals.forward, ours, ids), "linears": partial(rivals.linears, ours, inputs)}
+    return compared(f"forward, {bench.long:,} tokens", family, dtype, rounds(bench, asked))
+
+
+def decoding(bench: Bench, family: str, dtype: str, others: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Tokens one by one after a prompt of one token; stock's chunks have no part in it."""
+    ids, inputs = rivals.tokens(bench.shape.arch(family), 1, 1), rivals.linear_inputs(others["ours"], 1)
+
+    def floor() -> None:
+        for _ in range(rivals.STEPS + 1):
+            rivals.linears(others["ours"], inputs)
+
+    asked = {name: partial(rivals.decode, others[name], ids) for name in ("ours", "stock")} | {"linears": floor}
+    repeats = 1 if bench.repeats == 1 else 5 * bench.repeats
+    return compared("decoding", family, dtype, rounds(replace(bench, repeats=repeats), asked))
 
 
 def mamba_training(bench: Bench, dtype: str, ours: Any, ids: Tensor, floor: float) -> list[tuple[str, ...]]:
@@ -154,7 +178,7 @@ def compared(task: str, family: str, dtype: str, times: dict[str, list[float]]) 
     """A row for each rival of ours: least times, their ratio, the ratios of single rounds, and the linears' share."""
     ours = times["ours"]
     share = f"{min(times['linears']) / min(ours):.2f}"
-    aim = AIMS[task.split(",")[0]][family][dtype]
+    aim = AIMS[task.split(",")[0]][family].get(dtype)
     others = {name: taken for name, taken in times.items() if name not in ("ours", "linears")}
     rows = []
     for name, taken in others.items() or {"—": []}.items():
@@ -162,7 +186,7 @@ def compared(task: str, family: str, dtype: str, times: dict[str, list[float]]) 
         if taken:
             pairs = [b / a for a, b in zip(ours, taken, strict=False)]
             row[4:8] = seconds(taken), f"{min(taken) / min(ours):.2f}", f"{min(pairs):.2f}–{max(pairs):.2f}", "—"
-            row[7] = f"{aim:g}" if name == "stock" else "—"
+            row[7] = f"{aim:g}" if aim and name == "stock" else "—"
         rows.append(tuple(row))
     return rows
 

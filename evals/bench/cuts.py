@@ -40,7 +40,6 @@ CUTS = {
 }
 AIMS = {("channel", 0.5): 1.7, ("head", 0.5): 1.7, ("layer", 0.75): 1.25}
 COLUMNS = ("", "dtype", "parameters in blocks", "state", "prefill", "by round", "aim", "decoding", "by round")
-STEPS = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,9 +79,9 @@ def measured(shape: rivals.Shape, length: int, repeats: int, tell: Emit) -> list
                         str(dtype).removeprefix("torch."),
                         f"{entries(small) / entries(dense):.1%}",
                         f"{surgery.arch.state_bytes() / arch.state_bytes():.1%}",
-                        *told(prefill, dense, small, ids, repeats),
+                        *told(rivals.prefill, dense, small, ids, repeats),
                         f"{AIMS.get((step.axis, step.keep), '—')}",
-                        *told(decode, dense, small, ids[:, :8], repeats),
+                        *told(rivals.decode, dense, small, ids[:, :8], repeats),
                     )
                 )
     tell(Table("Times faster than dense: CPU seconds of one thread, least of all rounds", COLUMNS, tuple(rows)))
@@ -106,20 +105,6 @@ def told(task: Any, dense: nn.Module, small: nn.Module, ids: Tensor, repeats: in
 def entries(model: Any) -> int:
     """Parameters outside the embeddings."""
     return sum(parameter.numel() for parameter in model.backbone.layers.parameters())
-
-
-@torch.no_grad()
-def prefill(model: Any, ids: Tensor) -> Tensor:
-    """The backbone, and the logits of the last token."""
-    return model(ids, use_cache=False, logits_to_keep=1).logits
-
-
-@torch.no_grad()
-def decode(model: Any, ids: Tensor) -> None:
-    """A short prompt and some tokens after it, one by one."""
-    cache = model(ids, use_cache=True).cache_params
-    for t in range(STEPS):
-        model(ids[:, t % ids.shape[1]][:, None], cache_params=cache, use_cache=True)
 
 
 if __name__ == "__main__":

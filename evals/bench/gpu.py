@@ -119,8 +119,8 @@ def reading(
                 clock=partial(_clock, work.device),
             )
             for task, each in (
-                ("read", lambda m: cuts.prefill(m, ids[: work.rows])),
-                ("decoded", lambda m: cuts.decode(m, ids[: work.batch, :8])),
+                ("read", lambda m: rivals.prefill(m, ids[: work.rows])),
+                ("decoded", lambda m: rivals.decode(m, ids[: work.batch, :8])),
             )
         }
         seconds = {task: statistics.median(both["small"]) for task, both in times.items()}
@@ -133,9 +133,9 @@ def reading(
             way,
             f"{read / seconds['read']:,.0f}",
             f"{ratios['read']:.2f}",
-            f"{work.batch * cuts.STEPS / seconds['decoded']:,.0f}",
+            f"{work.batch * rivals.STEPS / seconds['decoded']:,.0f}",
             f"{ratios['decoded']:.2f}",
-            _peak(model, lambda model=model: cuts.prefill(model, ids[: work.rows])),
+            _peak(model, lambda model=model: rivals.prefill(model, ids[: work.rows])),
             f"{products / rate / seconds['read']:.2f}" if way in ("dense", "half") else "",
         )
         tell(Note(" ".join(row)))

@@ -14,6 +14,7 @@ from ssmcompress.prune.apply import find_edits
 from ssmcompress.steps import Prune
 
 STOCK = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
+STEPS = 16
 RIVALS = {"mamba": ("stock",), "mamba2": ("stock", "stock, chunk 64")}
 
 
@@ -65,6 +66,20 @@ def tokens(arch: Arch, count: int, length: int) -> Tensor:
 def forward(model: nn.Module, ids: Tensor) -> Tensor:
     """The logits of ids [B, L] at every position."""
     return model(ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, ids: Tensor) -> Tensor:
+    """The backbone, and the logits of the last token."""
+    return model(ids, use_cache=False, logits_to_keep=1).logits
+
+
+@torch.no_grad()
+def decode(model: nn.Module, ids: Tensor) -> None:
+    """A short prompt and STEPS tokens after it, one by one."""
+    cache = model(ids, use_cache=True).cache_params
+    for t in range(STEPS):
+        model(ids[:, t % ids.shape[1]][:, None], cache_params=cache, use_cache=True)
 
 
 def train(model: nn.Module, ids: Tensor) -> None:

@@ -91,13 +91,13 @@ def test_rounds_take_turns_and_drop_the_first(cpu: ModuleType):
 def test_a_row_gives_the_least_times_and_the_spread_of_rounds(cpu: ModuleType):
     times = {"ours": [2.0, 1.0, 4.0], "stock": [8.0, 6.0, 8.0], "linears": [0.5]}
     [row] = cpu.compared("forward", "mamba", "float32", times)
-    assert row[2:] == ("stock", "1.000 (2.000)", "6.000 (8.000)", "6.00", "2.00–6.00", "3", "0.50")
+    assert row[2:] == ("stock", "1.000 (2.000)", "6.000 (8.000)", "6.00", "2.00–6.00", "3.2", "0.50")
 
 
 def test_a_quick_run_prints_every_table(cpu: ModuleType, capsys: pytest.CaptureFixture[str]):
     cpu.main(["--quick"])
     printed = capsys.readouterr().out
-    for expected in ("load before", "Peak memory", "WANDA", "Mamba-1 forward", "Mamba-2 training step", "chunk 64"):
+    for expected in ("load before", "Peak memory", "WANDA", "Mamba-1 forward", "Mamba-2 training step", "chunk 64", "decoding"):
         assert expected in printed
 
 
