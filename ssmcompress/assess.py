@@ -55,7 +55,8 @@ def assess(recipe: Recipe, folder: Path, adapters: Sequence[Path] = (), emit: Em
     strict = gate is not None and gate.strict
     judged = [results / name for name in of if not (adapters and gate and name == COMPRESSED)]
     if parallel.first():
-        compare(*judged, max_drop=bounds, strict=strict, out=results / COMPARISON, overwrite=True, emit=emit)
+        with parallel.alone():
+            compare(*judged, max_drop=bounds, strict=strict, out=results / COMPARISON, overwrite=True, emit=emit)
 
 
 def made_by(recipe: Recipe, folder: Path) -> bool:

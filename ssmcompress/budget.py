@@ -12,11 +12,12 @@ from ssmcompress.errors import InputError, ResourceError, UnsupportedError
 from ssmcompress.evaluate.peak import resident
 from ssmcompress.events import size
 from ssmcompress.recipe import Recipe
-from ssmcompress.steps import WHOLE, Cut
+from ssmcompress.steps import WHOLE, Cut, Prune, ReduceTokens
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BLOCKS = 3  # a block as it was read, its statistics and scores, and what is made of it
 MASKS = 3  # as bits: held, and packed twice when they are written
+NEW = 2  # as values: held, and packed when they are written
 SHARDS = 10  # of a budget: a shard is in memory twice while it is written
 
 
@@ -28,8 +29,8 @@ def budget(text: str) -> int:
     return int(told[1]) * UNITS[told[2]]
 
 
-def within(recipe: Recipe, most: int) -> Recipe:
-    """The recipe with shards that are small enough to be written within so many bytes.
+def within(recipe: Recipe, most: int) -> int:
+    """The bytes of shards that are small enough to be written within so many.
 
     Raises UnsupportedError for a step that needs the whole model at once.
     """
@@ -39,20 +40,31 @@ def within(recipe: Recipe, most: int) -> Recipe:
             raise UnsupportedError(
                 f"For {what} the whole model is needed at once.", hint="Leave out --max-memory, or take another."
             )
-    shard = f"{max(1, most // SHARDS // UNITS['K'])}KB"
-    return recipe.model_copy(update={"save": recipe.save.model_copy(update={"shard_size": shard})})
+    return min(budget(recipe.save.shard_size), max(UNITS["K"], most // SHARDS))
 
 
-def room(checkpoint: Checkpoint, most: int, folder: Path) -> Room:
+def room(checkpoint: Checkpoint, recipe: Recipe, most: int, folder: Path) -> Room:
     """What is left of so many bytes for the residual stream; ResourceError where the rest alone takes more."""
     entries: Counter[int] = Counter()
+    new = 0
     for name, tensor in checkpoint.stored.meta().items():
         inside = LAYER.match(name)
         entries[int(inside[1]) if inside else -1] += tensor.numel()
+        new += tensor.nbytes * any(inside and _renewed(step, name) for step in recipe.made)
     blocks = [count for layer, count in entries.items() if layer >= 0]
     need = int(resident("VmRSS")) + BLOCKS * max(blocks) * torch.float32.itemsize + MASKS * sum(blocks) // 8
+    need += NEW * new
     if need > most:
+        rest = f", of which new values are {size(NEW * new)}" if new else ""
         raise ResourceError(
-            f"A block at a time takes {size(need)}, more than the {size(most)} of --max-memory.", hint="Give more."
+            f"A block at a time takes {size(need)}{rest}, more than the {size(most)} of --max-memory.",
+            hint="Take a method that only removes, such as wanda, or give more." if new else "Give more.",
         )
     return Room(most - need, folder)
+
+
+def _renewed(step: Prune | Cut | ReduceTokens, name: str) -> bool:
+    """Whether a step keeps new values for a tensor of a block: all of them are held until they are written."""
+    if isinstance(step, Cut):
+        return step.merges or (step.correction == "refit" and name.endswith("out_proj.weight"))
+    return step.new_values and name.endswith(".weight") and ".norm." not in name

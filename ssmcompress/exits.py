@@ -31,10 +31,10 @@ RESOURCES = {
 def telling(json: bool) -> Iterator[Emit]:
     """A listener for the work inside, whose errors become sentences and exit codes; the first process alone tells."""
     terminal = Terminal()
-    emit: Emit = ignore
+    emit: Emit = JsonLines(sys.stdout) if json else terminal
     try:
-        if parallel.first():
-            emit = JsonLines(sys.stdout) if json else terminal
+        if not parallel.first():
+            emit = ignore
         with terminal:
             yield emit
             sys.stdout.flush()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ssmcompress import edits as editing
 from ssmcompress import parallel
-from ssmcompress.checkpoint.output import kept
+from ssmcompress.checkpoint.output import kept, sync
 from ssmcompress.edits import Edit
+from ssmcompress.errors import InputError
 from ssmcompress.events import Emit, JsonLines, fan, ignore
 
 FOLDER, EVENTS = ".journal", "events.jsonl"
@@ -36,7 +37,12 @@ class Journal:
     def step(self, index: int) -> MutableMapping[int, list[Edit]]:
         """The finished layers of a step, to which the first process alone adds for a later run."""
         found = Layers(self.folder, f"{self.tokens}-step-{index}-layer-")
-        return found if parallel.first() else dict(found)
+        if parallel.first():
+            found.sift()
+        parallel.wait()
+        known = found if parallel.first() else dict(found)
+        parallel.wait()  # the first adds to them only now
+        return known
 
     def kept(self) -> AbstractContextManager[None]:
         """When the work inside is whole nothing of the journal stays; when it fails, only the journal does."""
@@ -67,8 +73,18 @@ class Layers(MutableMapping[int, list[Edit]]):
 
     def __setitem__(self, layer: int, edits: list[Edit]) -> None:
         path = self._path(layer)
-        editing.save(edits, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
+        part = path.with_suffix(".part")
+        editing.save(edits, part)
+        sync(part)
+        part.rename(path)
+
+    def sift(self) -> None:
+        """Drops those that cannot be read: after a power cut a file may be there, and empty."""
+        for path in self._files():
+            try:
+                editing.load(path)
+            except InputError:
+                path.unlink()
 
     def __delitem__(self, layer: int) -> None:
         self._path(layer).unlink()

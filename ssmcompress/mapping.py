@@ -13,6 +13,10 @@ def mapping(text: str) -> tuple[yaml.Node | None, Any]:
         tree, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # of any kind, by the value: a date that there is not, a number that is none
+        raise yaml.YAMLError(f"it holds a value that is none: {error}") from None
     waiting, count = [tree], 0
     while waiting:
         node, count = waiting.pop(), count + 1

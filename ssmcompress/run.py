@@ -26,7 +26,7 @@ from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.output import output, write
 from ssmcompress.checkpoint.reshape import reshape
 from ssmcompress.checkpoint.shards import Shards, require_space
-from ssmcompress.checkpoint.source import Checkpoint, Source, headers, load, require_embedded, resolve
+from ssmcompress.checkpoint.source import Checkpoint, Source, edited_pages, headers, load, require_embedded, resolve
 from ssmcompress.checkpoint.verify import Verification, require_finite, verify
 from ssmcompress.edits import Edit, Replace
 from ssmcompress.errors import InputError, UnsupportedError
@@ -165,8 +165,10 @@ def _compress(
     recipe: Recipe, out: str | Path, *, overwrite: bool, measure: bool, max_memory: str | None = None, emit: Emit
 ) -> Result:
     """Makes the model of a recipe and writes the folder `out`."""
+    parallel.join(recipe.device)
     most = None if max_memory is None else budget(max_memory)
-    recipe, in_pages = (recipe, False) if most is None else (within(recipe, most), True)
+    shard_size = recipe.save.shard_size if most is None else within(recipe, most)
+    in_pages = most is not None
     source = resolve(recipe.model)
     arch, stored = headers(source)
     expected = forecast(arch, recipe.made, weigh(stored))
@@ -176,41 +178,42 @@ def _compress(
     origin = manifest.describe(source)
     told, key = written_out(arch, recipe.portable(source.label)), _key(recipe, origin, measure)
     writing: dict[str, Any] = {"overwrite": overwrite, "recipe_hash": key, "source": source}
-    with output(out, resumable=True, together=True, **writing) as folder:
-        require_space(folder, sum(tensor.nbytes for tensor in Shards(source.folder).meta().values()))
+    with output(out, resumable=True, together=True, emit=emit, **writing) as folder:
         journal = Journal(folder)
-        with journal.kept(), listener(folder, emit) as tell:
-            if not expected.stock:
-                tell_format(stock=False, emit=tell)
-            checkpoint = _load(source, recipe, tell, in_pages=in_pages)
-            windows = calibrating(checkpoint, recipe, tell)
-            before = _look(checkpoint, recipe, tell, reduced=reduced) if measure else None
-            place = None if most is None else room(checkpoint, most, journal.folder)
-            found, edited = edit(checkpoint, recipe, windows, tell, journal, place)
-            calibration = record.described(windows)
-            if parallel.first():
-                editing.save(found, folder / EDITS, _said(told, checkpoint, found, calibration))
-                zeros, verification = _write(checkpoint, edited, found, folder, recipe)
-            parallel.wait()
-            after = (
-                _look(_reload(folder, recipe, in_pages=in_pages), recipe, tell, reduced=reduced)
-                if before is not None
-                else None
-            )
-            if not parallel.first():
-                return Result(Path(out), tuple(found), before, after)
-            if before is not None and after is not None:
-                tell_change(before, after, tell)
-            tensors = coverage(checkpoint.arch, checkpoint.stored, found, recipe.made, zeros)
-            if (sizes := record.shape(checkpoint.arch, checkpoint.stored, found)) is not None:
-                tell_size(sizes.before, sizes.after, tell)
-            tokens = tokens_record(edited.arch)
-            tell_tokens(tokens, tell)
-            tell_coverage(tensors, tell)
-        made: dict[str, Any] = {"calibration": calibration, "verification": verification}
-        made |= {"source": origin, "edits": found, "tensors": tensors, "tokens": tokens}
-        verb = "reduce-tokens" if all(isinstance(step, ReduceTokens) for step in recipe.made) else "prune"
-        record.write(folder, verb, checkpoint, told, before=before, after=after, **made)
+        with journal.kept():
+            with listener(folder, emit) as tell:
+                require_space(folder, sum(tensor.nbytes for tensor in Shards(source.folder).meta().values()))
+                if not expected.stock:
+                    tell_format(stock=False, emit=tell)
+                checkpoint = _load(source, recipe, tell, in_pages=in_pages)
+                windows = calibrating(checkpoint, recipe, tell)
+                before = _look(checkpoint, recipe, tell, reduced=reduced) if measure else None
+                place = None if most is None else room(checkpoint, recipe, most, journal.folder)
+                found, edited = edit(checkpoint, recipe, windows, tell, journal, place)
+                calibration = record.described(windows)
+                if parallel.first():
+                    editing.save(found, folder / EDITS, _said(told, checkpoint, found, calibration))
+                    zeros, verification = _write(checkpoint, edited, found, folder, shard_size)
+                parallel.wait()
+                after = (
+                    _look(_reload(folder, recipe, in_pages=in_pages), recipe, tell, reduced=reduced)
+                    if before is not None
+                    else None
+                )
+                if not parallel.first():
+                    return Result(Path(out), tuple(found), before, after)
+                if before is not None and after is not None:
+                    tell_change(before, after, tell)
+                tensors = coverage(checkpoint.arch, checkpoint.stored, found, recipe.made, zeros)
+                if (sizes := record.shape(checkpoint.arch, checkpoint.stored, found)) is not None:
+                    tell_size(sizes.before, sizes.after, tell)
+                tokens = tokens_record(edited.arch)
+                tell_tokens(tokens, tell)
+                tell_coverage(tensors, tell)
+            made: dict[str, Any] = {"calibration": calibration, "verification": verification}
+            made |= {"source": origin, "edits": found, "tensors": tensors, "tokens": tokens}
+            verb = "reduce-tokens" if all(isinstance(step, ReduceTokens) for step in recipe.made) else "prune"
+            record.write(folder, verb, checkpoint, told, before=before, after=after, **made)
     emit(Finished(str(out)))
     return Result(Path(out), tuple(found), before, after)
 
@@ -254,7 +257,7 @@ def apply(
             _require_same(loaded, checkpoint, tell)
             edited = edited_by(checkpoint, loaded.items)
             editing.save(loaded.items, folder / EDITS, loaded.metadata)
-            zeros, verification = _write(checkpoint, edited, loaded.items, folder, recipe)
+            zeros, verification = _write(checkpoint, edited, loaded.items, folder, recipe.save.shard_size)
             tell(Note(f"Applied {len(loaded.items)} edits."))
             tensors = coverage(checkpoint.arch, checkpoint.stored, loaded.items, recipe.made, zeros)
         made: dict[str, Any] = {"calibration": calibration, "verification": verification}
@@ -334,7 +337,7 @@ def _look(checkpoint: Checkpoint, recipe: Recipe, tell: Emit, *, reduced: bool) 
 
 
 def _write(
-    checkpoint: Checkpoint, edited: Checkpoint, found: Sequence[Edit], folder: Path, recipe: Recipe
+    checkpoint: Checkpoint, edited: Checkpoint, found: Sequence[Edit], folder: Path, shard_size: int | str
 ) -> tuple[dict[str, int], Verification]:
     """Writes the source's own bytes with the edits on them, one tensor at a time, and proves that they load.
 
@@ -348,17 +351,16 @@ def _write(
         zeros[name] = tensor.numel() - int(tensor.count_nonzero())
         return tensor
 
-    write(edited, folder, made.meta(), value=value, shard_size=recipe.save.shard_size)
+    write(edited, folder, made.meta(), value=value, shard_size=shard_size)
     return zeros, verify(folder, _exact(checkpoint, edited, found))
 
 
 def _exact(checkpoint: Checkpoint, edited: Checkpoint, found: Sequence[Edit]) -> PreTrainedModel:
     """The edited model as it must load again: the one at hand, unless it computes in less than what is stored."""
-    model, stored = checkpoint.model, checkpoint.stored
-    if pages(model) is not None:
-        return edited.model
+    model, stored, in_pages = checkpoint.model, checkpoint.stored, pages(checkpoint.model) is not None
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if name in stored}
     if all(_holds(dtype, stored.dtype(name)) for name, dtype in dtypes.items()):
         return edited.model
-    backend = next(mixers(model)).backend.name
-    return edited_by(load(checkpoint.source, dtype=torch.float32, device=model.device, backend=backend), found).model
+    how: dict[str, Any] = {"device": model.device, "backend": next(mixers(model)).backend.name, "in_pages": in_pages}
+    wide = load(checkpoint.source, dtype=torch.float32, **how)
+    return (edited_pages(wide, found) if in_pages else edited_by(wide, found)).model

@@ -31,7 +31,7 @@ from ssmcompress.recipe import TuneOptions, tuning
 from ssmcompress.record import RECIPE
 from ssmcompress.tune import examples, record, sdt
 from ssmcompress.tune.examples import Example, Examples
-from ssmcompress.tune.fit import RUNS, fit, require_tracker, score
+from ssmcompress.tune.fit import RUNS, fit, require_shares, require_tracker, score
 from ssmcompress.tune.judge import judged
 from ssmcompress.tune.lora import wrap
 from ssmcompress.tune.objective import Objective
@@ -98,6 +98,8 @@ def tune_state(
     require_seed(seed)
     step = tuning(options)
     require_tracker(tracker)
+    require_shares(step)
+    parallel.join(device)
     source = resolve(model)
     below = adapters.find_all(adapter)
     base = manifest.describe(source, below)
@@ -106,7 +108,7 @@ def tune_state(
     told = record.said(step.portable(), model=label, **how)
     key = _key(told, base, step)
     writing: dict[str, Any] = {"overwrite": overwrite, "recipe_hash": key, "source": source}
-    with output(out, marked=TUNING, resumable=True, together=True, **writing) as folder:
+    with output(out, marked=TUNING, resumable=True, together=True, emit=emit, **writing) as folder:
         store = folder / FOLDER
         store.mkdir(exist_ok=True)
         with kept(store, EVENTS), listener(folder, emit) as tell:

@@ -32,6 +32,8 @@ class Pages(nn.ModuleList):
 
     def turn_to(self, arch: Arch, fetch: Fetch, device: torch.device) -> None:
         """Where the blocks are read from; none is in memory yet."""
+        if device.type == "cuda" and device.index is None:  # the thread that reads ahead knows no other than the first
+            device = torch.device("cuda", torch.cuda.current_device())
         self.arch, self.fetch, self.device = arch, fetch, device
         self.held, self.wide, self.ahead = None, False, None
         _give_back()

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ssmcompress.checkpoint.layout import EMBEDDING
 from ssmcompress.checkpoint.manifest import NAME as CHECKPOINT
 from ssmcompress.checkpoint.source import Checkpoint, Source, state_dict
 from ssmcompress.errors import InputError, ResourceError, SsmcompressError, out_of_memory
+from ssmcompress.events import Emit, Note, ignore
 from ssmcompress.paths import expanded
 
 # with a schema_version, one of them marks a folder as an output
@@ -67,65 +68,66 @@ def output(
     whatever_fails: bool = False,
     together: bool = False,
     source: Source | None = None,
+    emit: Emit = ignore,
 ) -> Iterator[Path]:
     """Yields the empty folder `DIR.partial` to write into: it becomes DIR when the block ends, vanishes when it fails.
 
-    Resumable, it stays after an interrupt or where the machine ran out of something, or indeed `whatever_fails`, and a
-    later call of the same recipe hash finds it as it was left. `marked` is the file by which an output of this kind is
-    known: only another of the same kind is replaced. Several processes may be in the block `together`: the first, which
-    alone may write there, prepares and renames it, and the others wait. Raises InputError where DIR exists and may not
-    be replaced, ResourceError for a second writer, a full disk or no permission.
+    Resumable, it stays after an interrupt or where the machine ran out of something, or indeed `whatever_fails`, or
+    where it went on with what it found, and a later call of the same recipe hash finds it as it was left. `marked` is
+    the file by which an output of this kind is known: only another of the same kind is replaced. Several processes may
+    be in the block `together`: the first, which alone may write there, prepares and renames it, and the others wait.
+    Raises InputError where DIR exists and may not be replaced, ResourceError for a second writer, a full disk or no
+    permission.
     """
     final = expanded(folder).resolve()
     if final == final.parent or any(parent.exists() and not parent.is_dir() for parent in final.parents):
         raise InputError(f"{folder} cannot be a folder of its own.", hint="Choose another --out.")
+    if parallel.size() > 1 and not together:
+        raise InputError("One process does this alone.", hint="Start it without torchrun or accelerate.")
     partial, aside = final.with_name(final.name + ".partial"), final.with_name(final.name + ".replaced")
     if not parallel.first():
-        if not together:
-            raise InputError("One process does this alone.", hint="Start it without torchrun or accelerate.")
-        parallel.wait()
+        parallel.follow()
         yield partial
         parallel.wait()
         return
-    with _lacking(final):
-        _make(final.parent)
-        with _lock(final):
+    with _lacking(final), contextlib.ExitStack() as held:
+        with parallel.leading():
+            _make(final.parent)
+            held.enter_context(_lock(final))
             if aside.exists():  # a run was killed between its last two renames
                 _kind(aside)
                 shutil.rmtree(aside) if final.exists() else aside.rename(final)
             _permit(final, marked, overwrite, source)
-            _prepare(partial, recipe_hash if resumable else "")
-            if together:
-                parallel.wait()
-            try:
-                yield partial
-                _replace(final, partial, aside)
-                (final / MARKER).unlink(missing_ok=True)  # only now: without it nobody could go on with the folder
-                if together:
-                    parallel.wait()
-            except BaseException as error:
-                worth = any(path.name != MARKER for path in partial.iterdir()) if partial.exists() else False
-                if not (resumable and recipe_hash and worth and (whatever_fails or _passing(error))):
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise
+            resumed = _prepare(partial, recipe_hash if resumable else "", emit)
+        try:
+            yield partial
+            _replace(final, partial, aside)
+            (final / MARKER).unlink(missing_ok=True)  # only now: without it nobody could go on with the folder
+        except BaseException as error:
+            worth = any(path.name != MARKER for path in partial.iterdir()) if partial.exists() else False
+            if not (resumable and recipe_hash and worth and (whatever_fails or resumed or _passing(error))):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        with contextlib.suppress(ResourceError):  # whoever is gone misses nothing
+            parallel.wait()
 
 
 @contextmanager
 def kept(store: Path, *beside: str) -> Iterator[None]:
     """When the work inside is whole `store` goes; when it fails only it and `beside` stay, where it holds anything.
 
-    Half-written weights are of no use to the run that goes on from there, and may be what filled the disk.
+    Half-written weights are of no use to the run that goes on from there, and may be what filled the disk: those of one
+    that was killed go before the work begins.
     """
     if not parallel.first():
         yield
         return
+    worth = {MARKER, store.name, *beside}
     try:
+        _clear(store.parent, worth)
         yield
     except BaseException:
-        worth = {MARKER, store.name, *beside} if any(store.iterdir()) else {MARKER}
-        for path in store.parent.iterdir():
-            if path.name not in worth:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _clear(store.parent, worth if any(store.iterdir()) else {MARKER})
         raise
     shutil.rmtree(store)
 
@@ -184,6 +186,12 @@ def _lock(final: Path) -> Iterator[None]:
         raise ResourceError(
             f"Another run is writing {final}.", hint="Wait for it to end, or choose another --out."
         ) from error
+    except OSError as error:
+        if error.errno in LACKING:
+            raise
+        raise InputError(
+            f"{path} is in the way: it is no lock.", hint="Move it away, or choose another --out."
+        ) from error
     try:
         yield
     finally:
@@ -241,18 +249,33 @@ def _kind(folder: Path) -> str:
     )
 
 
-def _prepare(partial: Path, resume: str) -> None:
+def _prepare(partial: Path, resume: str, emit: Emit) -> bool:
+    """Whether there is anything to go on with; what another run has left unfinished goes."""
     marker = partial / MARKER
-    if partial.exists() and any(partial.iterdir()) and not marker.exists():
+    strange = partial.is_symlink() or (partial.exists() and not partial.is_dir())
+    if strange or (partial.exists() and any(partial.iterdir()) and not marker.is_file()):
         raise InputError(
             f"{partial} is in the way: it is no unfinished output.", hint="Move it away, or choose another --out."
         )
-    if resume and marker.exists() and marker.read_text() == resume:
-        return
+    worth = partial.exists() and any(path.name != MARKER for path in partial.iterdir())
+    if resume and marker.exists() and marker.read_bytes() == resume.encode():
+        return worth
     if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    marker.write_text(resume)
+        if worth and resume:
+            emit(
+                Note(f"What lay unfinished in {partial} was of another recipe, input or version, and goes.", "warning")
+            )
+        marker.write_text("", encoding="utf-8")  # nobody goes on with it; last to go, it says whose the rest is
+        _clear(partial, {MARKER})
+    partial.mkdir(exist_ok=True)
+    marker.write_text(resume, encoding="utf-8")
+    return False
+
+
+def _clear(folder: Path, worth: Container[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in worth:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _open_up(folder: Path) -> None:
@@ -269,8 +292,8 @@ def _open_up(folder: Path) -> None:
 def _replace(final: Path, partial: Path, aside: Path) -> None:
     _open_up(partial)
     for path in partial.rglob("*"):
-        _sync(path)
-    _sync(partial)
+        sync(path)
+    sync(partial)
     old = final.exists()
     if old:
         final.rename(aside)
@@ -280,12 +303,13 @@ def _replace(final: Path, partial: Path, aside: Path) -> None:
         if old:
             aside.rename(final)
         raise
-    _sync(final.parent)
+    sync(final.parent)
     if old:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         # some network disks cannot sync a folder

@@ -182,7 +182,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}.", hint="Fetch or write the file again.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}; expected an object.")

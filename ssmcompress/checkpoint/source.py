@@ -119,7 +119,8 @@ class Source:
 class Checkpoint:
     """A model in memory, in evaluation mode, with what belongs to it.
 
-    `stored` reads its tensors from the files, where those of `adapters` are not yet among them.
+    `stored` reads its tensors from the files, where those of `adapters` are not yet among them; they are computed with
+    in `dtype`.
     """
 
     model: PreTrainedModel
@@ -128,6 +129,7 @@ class Checkpoint:
     source: Source
     stored: Shards
     adapters: tuple[Adapter, ...] = ()
+    dtype: torch.dtype | Literal["auto"] = "auto"
 
     @property
     def name(self) -> str:
@@ -192,13 +194,24 @@ def load(
         loaded = paged(arch, weights, fetch, device)
     else:
         loaded = arch.assemble({name: fetch(name) for name in weights}, device)
-    if (source.folder / "generation_config.json").exists():
-        loaded.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    if (generation := _generation(source.folder)) is not None:
+        loaded.generation_config = generation
     for each in found:
         attach(loaded, arch, each)
     use_backend(loaded, kernels.choose(backend))
     install(loaded, arch.policy)
-    return Checkpoint(loaded, tokenizer, arch, source, weights, found)
+    return Checkpoint(loaded, tokenizer, arch, source, weights, found, dtype)
+
+
+def _generation(folder: Path) -> GenerationConfig | None:
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of any kind, by what stands there
+        told = str(error).strip().partition("\n")[0]
+        raise InputError(f"{path} cannot be read: {told}.", hint="Fetch or write the file again.") from error
 
 
 def edited_pages(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
@@ -210,7 +223,7 @@ def edited_pages(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Checkpoint:
     def fetch(name: str) -> Tensor:
         if not LAYER.match(name) and made.untouched(name):
             return outside[name].data
-        return _cast(name, made[name], model.dtype).to(model.device)
+        return _cast(name, made[name], checkpoint.dtype).to(model.device)
 
     edited = paged(surgery.arch, made, fetch, model.device)
     edited.generation_config = model.generation_config

@@ -107,6 +107,7 @@ def evaluate(
     if chosen.empty and not (speed or against):
         raise InputError("Nothing is asked for.", hint="Name a text, tasks, or a suite that holds something.")
     perplexity, documents, harness = chosen.perplexity, asked.documents, asked.harness
+    parallel.join(device)
     source = resolve(model)
     asked = replace(asked, context=_context(source, length, context))
     if against:
@@ -114,7 +115,7 @@ def evaluate(
     record = describe(source, find_all(adapter))
     key = asked.key(model=record.sha256, device=device, dtype=dtype, backend=backend)
     writing = {"marked": RESULTS, "overwrite": overwrite, "source": source, "recipe_hash": key}
-    with _folder(out, writing) as folder:
+    with _folder(out, writing, emit) as folder:
         done = Measures(folder, ignore if out is None else emit)
         with done.kept(HARNESS):
             checkpoint = load(
@@ -221,12 +222,12 @@ def _harness(entries: Sequence[suites.Entry], include_path: str | Path | None) -
 
 
 @contextmanager
-def _folder(out: str | Path | None, writing: dict[str, Any]) -> Iterator[Path]:
+def _folder(out: str | Path | None, writing: dict[str, Any], emit: Emit) -> Iterator[Path]:
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     else:
-        with output(out, resumable=True, whatever_fails=True, together=True, **writing) as folder:
+        with output(out, resumable=True, whatever_fails=True, together=True, emit=emit, **writing) as folder:
             yield folder
 
 

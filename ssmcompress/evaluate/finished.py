@@ -25,15 +25,15 @@ class Measures:
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure` returns, in JSON's types; it is called where no earlier run has finished it."""
         path = self._folder / f"{name.replace('/', '__')}.json"
-        if _whole(path):
-            return json.loads(path.read_text(encoding="utf-8"))
-        found = json.dumps(measure(), allow_nan=False)
-        if parallel.first():
-            part = path.with_suffix(".part")
-            part.write_text(found, encoding="utf-8")
-            part.rename(path)
-        parallel.wait()
-        return json.loads(found)
+        known = parallel.told(path.read_text(encoding="utf-8") if parallel.first() and _whole(path) else None)
+        if known is None:
+            known = json.dumps(measure(), allow_nan=False)
+            if parallel.first():
+                part = path.with_suffix(".part")
+                part.write_text(known, encoding="utf-8")
+                part.rename(path)
+            known = parallel.told(known)
+        return json.loads(known)
 
     @contextmanager
     def kept(self, *beside: str) -> Iterator[None]:

@@ -100,6 +100,7 @@ class _Cutter:
         self.dtypes, self.fisher, self.seed, self.finished = dtypes, fisher, seed, finished
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.small = Surgery(arch, outline(arch, step, after)).arch.build("meta")
+        self.held: nn.Module | None = None  # of its blocks the one that is in memory
         use_backend(self.small, next(mixers(model)).backend)
         self.taps = {} if chosen and not step.rotates else dict(TAPS.get(step.criterion, {}))
         self.taps |= {"norm": SquaredSum} if step.correction == "rescale" else {}
@@ -175,6 +176,9 @@ class _Cutter:
             if isinstance(edit, Replace):
                 state[edit.tensor] = edit.values.to(state.get(edit.tensor, state[f"{prefix}norm.weight"]))
         left = self.arch.blocks(self.small)[layer]
+        if self.held is not None and self.held is not left:
+            self.held.to("meta")
+        self.held = left
         cut = {name.removeprefix(prefix): surgery.cut(name, state[name]) for name in state}
         left.load_state_dict(cut, assign=True)
         fill_buffers(left, next(block.parameters()).device)

@@ -64,11 +64,6 @@ def fit(
     rows = [{"input_ids": each.ids, "scored": each.scored} for each in train]
     turns = order([len(each.ids) for each in train], step.batch_size * step.accumulate, step.steps, seed)
     course, last = Course(), _last(store)
-    if step.batch_size % parallel.size():
-        raise InputError(
-            f"A batch of {step.batch_size} examples cannot be shared out to {parallel.size()} processes.",
-            hint="Give a --batch-size that is a multiple of their number.",
-        )
     logging.set_verbosity_error()
     trainer = _Fit(
         model=objective,
@@ -82,7 +77,8 @@ def fit(
     trainer.remove_callback(ProgressCallback)
     trainer.learned, trainer.valid, trainer.lr = learned, valid, lr
     emit(Phase("tuning", step.steps))
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    with parallel.not_lost():
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.activation_checkpointing_disable()
     for entry in trainer.state.log_history:
         if "loss" in entry:
@@ -100,6 +96,15 @@ def require_tracker(name: str | None) -> None:
         raise BackendError(
             f"There is no tracker {name!r} that transformers finds here; it finds {', '.join(there) or 'none'}.",
             hint=f"pip install {name}, if it is one of the Trainer's.",
+        )
+
+
+def require_shares(step: TuneState) -> None:
+    """InputError for a batch that cannot be shared out."""
+    if step.batch_size % parallel.size():
+        raise InputError(
+            f"A batch of {step.batch_size} examples cannot be shared out to {parallel.size()} processes.",
+            hint="Give a --batch-size that is a multiple of their number.",
         )
 
 

@@ -40,6 +40,31 @@ walk.Walk._observe = observe
 from ssmcompress.cli import main
 main(sys.argv[1:])
 """
+TUNING_DIES = """
+import os, signal, sys
+from ssmcompress.tune import fit
+
+def loss(self, *given, before=fit._Fit.compute_loss, **more):
+    if self.state.global_step == 5 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return before(self, *given, **more)
+
+fit._Fit.compute_loss = loss
+from ssmcompress.cli import main
+main(sys.argv[1:])
+"""
+SLOW = """
+import os, sys, time
+from ssmcompress.evaluate import evaluation
+
+def load(*given, before=evaluation.load, **more):
+    time.sleep(4 * int(os.environ["RANK"]))
+    return before(*given, **more)
+
+evaluation.load = load
+from ssmcompress.cli import main
+main(sys.argv[1:])
+"""
 PRUNED = {
     "wanda": ("mamba", {"method": "wanda"}),
     "sparsegpt": ("mamba2", {"method": "sparsegpt", "include": ("in_proj",)}),
@@ -160,6 +185,37 @@ def test_where_one_dies_the_other_says_so_and_the_run_goes_on_later(models, text
     assert any("Going on" in getattr(event, "text", "") for event in heard)
     fresh = ssmcompress.prune(models["mamba"], out=tmp_path / "fresh", **options).folder
     assert (fresh / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_a_tuning_of_which_one_dies_keeps_what_was_learned(models, text, tmp_path):
+    given = ["tune-state", models["mamba2"], "--data", text, "--steps", "8", "--every", "2", "--length", "32"]
+    given += ["--batch-size", "4", "--lr", "0.01", "--out", tmp_path / "out"]
+    codes, told = processes(TUNING_DIES, *given)
+    assert codes == [4, -signal.SIGKILL], told
+    assert "Process 1 of 2 has lost the others" in told[0][1] and "Traceback" not in told[0][1]
+    assert list((tmp_path / "out.partial").rglob("checkpoint-4"))
+
+
+def test_one_that_comes_late_finds_what_the_first_measured(models, tmp_path):
+    codes, told = processes(SLOW, "eval", models["mamba"], "--recall", "--out", tmp_path / "out")
+    assert codes == [0, 0], told
+    assert json.loads((tmp_path / "out/summary.json").read_text())["recall"]
+
+
+def test_a_mistake_that_the_first_finds_ends_all_at_once(models, text, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").touch()
+    codes, told = processes(
+        "from ssmcompress.cli import main; import sys; main(sys.argv[1:])",
+        "prune",
+        models["mamba"],
+        "--calib",
+        text,
+        "--out",
+        tmp_path / "out",
+    )
+    assert codes == [2, 2]
+    assert all("exists already" in err and "Traceback" not in err for _, err in told)
 
 
 def test_what_one_process_does_is_refused_to_several(models, tmp_path, monkeypatch):

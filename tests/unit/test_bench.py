@@ -97,7 +97,15 @@ def test_a_row_gives_the_least_times_and_the_spread_of_rounds(cpu: ModuleType):
 def test_a_quick_run_prints_every_table(cpu: ModuleType, capsys: pytest.CaptureFixture[str]):
     cpu.main(["--quick"])
     printed = capsys.readouterr().out
-    for expected in ("load before", "Peak memory", "WANDA", "Mamba-1 forward", "Mamba-2 training step", "chunk 64", "decoding"):
+    for expected in (
+        "load before",
+        "Peak memory",
+        "WANDA",
+        "Mamba-1 forward",
+        "Mamba-2 training step",
+        "chunk 64",
+        "decoding",
+    ):
         assert expected in printed
 
 

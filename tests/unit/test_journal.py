@@ -32,6 +32,23 @@ def test_half_a_layer_is_none(tmp_path):
     assert list(journal.step(0)) == [0]
 
 
+def test_a_damaged_layer_is_none(tmp_path):
+    journal = Journal(tmp_path)
+    layers = journal.step(0)
+    layers[0] = layers[1] = [mask()]
+    (journal.folder / "none-step-0-layer-0001.safetensors").write_bytes(b"")
+    again = Journal(tmp_path).step(0)
+    assert list(again) == [0] and 1 not in again
+
+
+def test_weights_that_a_killed_run_left_go_first(tmp_path):
+    journal = Journal(tmp_path)
+    journal.step(0)[0] = [mask()]
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with journal.kept():
+        assert [path.name for path in tmp_path.iterdir()] == [".journal"]
+
+
 def test_layers_found_with_other_calibration_tokens_are_dropped(tmp_path):
     journal = Journal(tmp_path)
     assert journal.calibrate("a" * 64) == 0

@@ -15,6 +15,7 @@ from ssmcompress.checkpoint import shards
 from ssmcompress.checkpoint.output import CHECKPOINT, COMPARISON, RESULTS, carry, output, write
 from ssmcompress.checkpoint.source import load, resolve
 from ssmcompress.errors import InputError, ResourceError
+from ssmcompress.events import Note
 from tests.unit.checkpoint.folders import save
 
 
@@ -175,6 +176,52 @@ def test_another_recipe_starts_afresh(again: dict, tmp_path: Path) -> None:
         assert not (partial / "half").exists()
         (partial / "config.json").write_text("{}")
     assert names(tmp_path / "out") == ["config.json"]
+
+
+def test_what_goes_is_said_and_a_mistake_costs_nothing_that_was_finished(tmp_path: Path) -> None:
+    def begun(again: str, error: BaseException) -> list[str]:
+        heard: list[object] = []
+        told = {"recipe_hash": again, "resumable": True, "emit": heard.append}
+        with pytest.raises(type(error)), output(tmp_path / "out", **told) as folder:  # type: ignore[arg-type]
+            (folder / "half").write_text("1")
+            raise error
+        return [event.text for event in heard if isinstance(event, Note)]
+
+    assert begun("a", KeyboardInterrupt("stop")) == []
+    assert begun("a", InputError("There is no file.")) == [] and (tmp_path / "out.partial/half").exists()
+    assert ["of another recipe" in text for text in begun("b", InputError("There is no file."))] == [True]
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "fifo", "link", "dangling", "marker", "lock", "linked lock"])
+def test_odd_things_in_the_way_are_said_and_left(tmp_path: Path, kind: str) -> None:
+    place, lock = tmp_path / "out.partial", tmp_path / ".out.lock"
+    match kind:
+        case "file":
+            place.write_text("1")
+        case "fifo":
+            os.mkfifo(place)
+        case "link" | "dangling":
+            place.symlink_to(tmp_path / "elsewhere")
+            if kind == "link":
+                (tmp_path / "elsewhere").mkdir()
+        case "marker":
+            (place / ".recipe").mkdir(parents=True)
+        case "lock":
+            lock.mkdir()
+        case _:
+            lock.symlink_to(tmp_path)
+    before = names(tmp_path)
+    with pytest.raises((InputError, ResourceError), match="in the way"), output(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == before
+
+
+def test_a_marker_that_is_no_text_is_one_of_another_run(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/.recipe").write_bytes(b"\xff\x00")
+    finish(tmp_path / "out", recipe_hash="a", resumable=True)
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_kill_between_the_last_renames_is_mended(tmp_path: Path) -> None:
