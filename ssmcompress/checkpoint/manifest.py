@@ -294,11 +294,17 @@ def changed(folder: Path) -> list[str]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file by its relative name, but for manifest, card, events, times, evaluations, adapters."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    names = {path.relative_to(folder).as_posix(): path for path in files}
+    """The SHA-256 of every file by its relative name, but for manifest, card, events, times, evaluations, adapters.
+
+    What is hidden, such as the journal of a run, counts no more.
+    """
+    names = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     passing = (*UNHASHED, EVALUATION, ADAPTERS)
-    lasting = {name: path for name, path in names.items() if name.partition("/")[0] not in passing}
+    lasting = {
+        name.as_posix(): path
+        for name, path in names.items()
+        if name.parts[0] not in passing and not any(part.startswith(".") for part in name.parts)
+    }
     return {name: sha256(path) for name, path in lasting.items()}
 
 

@@ -12,6 +12,8 @@ from ssmcompress.arch.pages import pages
 from ssmcompress.calib.stream import Room, Stream
 from ssmcompress.checkpoint.source import load
 from ssmcompress.errors import InputError, ResourceError, UnsupportedError
+from ssmcompress.prune import units
+from ssmcompress.recipe import pruning
 from tests.flow.conftest import FAMILIES
 from tests.flow.test_tune import IDS
 
@@ -46,7 +48,7 @@ def test_a_model_in_pages_computes_the_same_and_holds_one_block(models, model):
 @pytest.mark.parametrize("name", STEPS)
 def test_the_result_is_that_of_a_run_in_memory(models, small, tmp_path, name, monkeypatch):
     model, step = STEPS[name]
-    monkeypatch.setattr(RUN, "room", lambda checkpoint, most, folder: Room(3 * 48 * 32 * 4, folder))
+    monkeypatch.setattr(RUN, "room", lambda checkpoint, recipe, most, folder: Room(3 * 48 * 32 * 4, folder))
     in_memory, within = tmp_path / "memory", tmp_path / "within"
     ssmcompress.prune(models[model], out=in_memory, **small, **step)
     ssmcompress.prune(models[model], out=within, max_memory="2GB", **small, **step)
@@ -83,7 +85,8 @@ def test_a_stream_keeps_what_has_room_and_gives_back_the_rest(tmp_path):
     assert len(Stream(iter(batches))._held) == 6
 
 
-def test_a_killed_run_within_a_budget_goes_on(models, small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("again", ["2GB", "3GB", None])
+def test_a_killed_run_within_a_budget_goes_on(models, small, tmp_path, monkeypatch, again):
     def interrupted(*given, **more):
         raise KeyboardInterrupt
 
@@ -91,8 +94,10 @@ def test_a_killed_run_within_a_budget_goes_on(models, small, tmp_path, monkeypat
         patch.setattr(RUN, "verify", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ssmcompress.prune(models["mamba"], out=tmp_path / "a", max_memory="2GB", **small)
-    ssmcompress.prune(models["mamba"], out=tmp_path / "a", max_memory="2GB", **small)
-    ssmcompress.prune(models["mamba"], out=tmp_path / "b", max_memory="2GB", **small)
+    heard = []
+    ssmcompress.prune(models["mamba"], out=tmp_path / "a", max_memory=again, emit=heard.append, **small)
+    assert any("2 of 2 layers are done" in getattr(event, "text", "") for event in heard)
+    ssmcompress.prune(models["mamba"], out=tmp_path / "b", **small)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
@@ -129,6 +134,56 @@ def test_a_recipe_makes_its_model_within_a_budget_too(models, text, tmp_path):
     for name, most in (("a", None), ("b", "2GB")):
         ssmcompress.run(str(path), out=tmp_path / name, max_memory=most, no_eval=True)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    heard = []
+    ssmcompress.run(str(path), out=tmp_path / "b", emit=heard.append)  # where it has room
+    assert any("holds this model already" in getattr(event, "text", "") for event in heard)
+
+
+def test_computed_in_less_than_is_stored_it_writes_the_same(models, small, tmp_path):
+    for name, most in (("a", None), ("b", "2GB")):
+        given = {"method": "magnitude", "dtype": "bfloat16", "max_memory": most}
+        ssmcompress.prune(models["mamba2"], out=tmp_path / name, **small, **given)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_of_the_cut_blocks_one_is_in_memory(models, small, tmp_path, monkeypatch):
+    made, cutter = [], units._Cutter
+
+    def watched(*given):
+        made.append(cutter(*given))
+        return made[-1]
+
+    monkeypatch.setattr(units, "_Cutter", watched)
+    ssmcompress.prune(
+        models["mamba2"],
+        out=tmp_path / "a",
+        axis="state",
+        method="joint",
+        keep=0.5,
+        max_memory="2GB",
+        any_size=True,
+        **small,
+    )
+    blocks = made[0].arch.blocks(made[0].small)
+    assert [any(not each.is_meta for each in block.parameters()) for block in blocks] == [False, True]
+
+
+def test_new_values_are_reckoned_with(models, tmp_path):
+    checkpoint = load(models["mamba2"], in_pages=True)
+    told = []
+    for method in ("wanda", "sparsegpt"):
+        recipe = pruning(models["mamba2"], {"method": method})
+        with pytest.raises(ResourceError) as refused:
+            budget.room(checkpoint, recipe, 1, tmp_path)
+        told.append(refused.value.message)
+    assert "new values" not in told[0] and "of which new values are" in told[1]
+
+
+def test_shards_are_as_small_as_asked_for(models):
+    recipe = pruning(models["mamba2"], {})
+    assert budget.within(recipe, 3 * 10**9) == 3 * 10**8
+    small = recipe.model_copy(update={"save": recipe.save.model_copy(update={"shard_size": "10MB"})})
+    assert budget.within(small, 3 * 10**9) == 10**7
 
 
 def test_a_budget_is_read_as_people_write_it():
