@@ -187,6 +187,8 @@ def _compress(
                     tell_format(stock=False, emit=tell)
                 checkpoint = _load(source, recipe, tell, in_pages=in_pages)
                 windows = calibrating(checkpoint, recipe, tell)
+                if most is not None:
+                    room(checkpoint, recipe, most, journal.folder)  # too little is said before anything is measured
                 before = _look(checkpoint, recipe, tell, reduced=reduced) if measure else None
                 place = None if most is None else room(checkpoint, recipe, most, journal.folder)
                 found, edited = edit(checkpoint, recipe, windows, tell, journal, place)

@@ -27,23 +27,23 @@ ELSEWHERE = """
 import sys, torch
 sys.modules["ssmcompress"] = None  # whoever imports it fails
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, out = sys.argv[1:]
-ids = torch.load(out, weights_only=True)
-model, told = AutoModelForCausalLM.from_pretrained(
-    folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
-)
-assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-assert len(AutoTokenizer.from_pretrained(folder, trust_remote_code=True)) == 61
-steps = []
-with torch.no_grad():
-    logits = model(ids, use_cache=False).logits
-    whole = model(ids[:, :7], use_cache=True)
-    for t in range(7, ids.shape[1]):
-        whole = model(ids[:, t : t + 1], cache_params=whole.cache_params, use_cache=True)
-        steps.append(whole.logits)
-written = model.generate(ids[:, :5], max_new_tokens=12, do_sample=False, pad_token_id=0)
-model.save_pretrained(folder + "-again")
-torch.save({"logits": logits, "steps": torch.cat(steps, 1), "written": written}, out)
+ids, folders = torch.load(sys.argv[1], weights_only=True), sys.argv[2:]
+for folder in folders:
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    assert len(AutoTokenizer.from_pretrained(folder, trust_remote_code=True)) == 61
+    steps = []
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+        whole = model(ids[:, :7], use_cache=True)
+        for t in range(7, ids.shape[1]):
+            whole = model(ids[:, t : t + 1], cache_params=whole.cache_params, use_cache=True)
+            steps.append(whole.logits)
+    written = model.generate(ids[:, :5], max_new_tokens=12, do_sample=False, pad_token_id=0)
+    model.save_pretrained(folder + "-again")
+    torch.save({"logits": logits, "steps": torch.cat(steps, 1), "written": written}, folder + "-told.pt")
 """
 
 
@@ -58,12 +58,29 @@ def put(name: str, folder: Path) -> Checkpoint:
     return checkpoint
 
 
-@pytest.fixture(scope="module", params=PRUNED)
-def folder(request, tmp_path_factory):
-    """A folder of every pruned configuration."""
-    written = tmp_path_factory.mktemp("pruned") / request.param
-    put(request.param, written)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of every pruned configuration, by its name."""
+    written = {name: tmp_path_factory.mktemp("pruned") / name for name in PRUNED}
+    for name, folder in written.items():
+        put(name, folder)
     return written
+
+
+@pytest.fixture(params=PRUNED)
+def folder(request, folders):
+    """One of them."""
+    return folders[request.param]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folders, tmp_path_factory):
+    """What a process from another place, which has no ssmcompress, makes of each: it lies beside the folder."""
+    root = tmp_path_factory.mktemp("elsewhere")
+    torch.save(tokens(2, 23), root / "ids.pt")
+    command = [sys.executable, "-c", ELSEWHERE, str(root / "ids.pt"), *map(str, folders.values())]
+    done = subprocess.run(command, cwd=root, env=_bare(root), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @torch.no_grad()
@@ -76,14 +93,10 @@ def test_it_loads_with_us_as_it_was(folder):
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.model.state_dict().items())
 
 
-def test_it_loads_without_us(folder, tmp_path):
-    """In a process of its own, from another place: logits, steps and written tokens are ours."""
-    ids, out = tokens(2, 23), tmp_path / "told.pt"
-    torch.save(ids, out)
-    command = [sys.executable, "-c", ELSEWHERE, str(folder), str(out)]
-    done = subprocess.run(command, cwd=tmp_path, env=_bare(tmp_path), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found, model = torch.load(out, weights_only=True), load(str(folder)).model
+def test_it_loads_without_us(folder, elsewhere):
+    """Logits, steps and written tokens are ours."""
+    ids, found = tokens(2, 23), torch.load(f"{folder}-told.pt", weights_only=True)
+    model = load(str(folder)).model
     with torch.no_grad():
         logits = model(ids).logits
     scale = logits.abs().max()

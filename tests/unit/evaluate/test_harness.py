@@ -117,8 +117,7 @@ def plain(model, names, limit, batch_size):
     return {(name, key): value for name in names for key, value in found["results"][name].items() if ",none" in key}
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2"])
-@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize(("name", "batch_size"), [("mamba", 8), ("mamba2", 8), ("mamba2", 1)])
 def test_the_figures_are_those_of_plain_lm_eval(checkpoints, tmp_path, name, batch_size):
     names = [task for task in OWN if task != "wikitext_local"]
     checkpoint = checkpoints[name]
