@@ -1,8 +1,8 @@
 // Mamba on the CPU: short convolution and selective scan with their backwards, and the single-token updates.
 //
-// A task is one row of the batch and LANES channels, which lie innermost: every hot loop runs over LANES independent
-// recurrences and vectorises for any state size. A task writes only its own outputs and sums over tasks are left to
-// the caller, so neither the number of threads nor their timing changes a bit of the result.
+// A block is one row of the batch and LANES channels, which lie innermost: every hot loop runs over LANES independent
+// recurrences and vectorises for any state size. A task, one or several of them, writes only its own outputs and sums
+// over blocks are left to the caller, so neither the number of threads nor their timing changes a bit of the result.
 //
 // Sequences are float32 or bfloat16 in memory, channels last; all arithmetic is float32. LANES, SPAN, MAX_TAPS and
 // MAX_STATES are given by native.py, which sizes the buffers.
@@ -16,6 +16,7 @@
 
 #define ALIGNED __attribute__((aligned(64)))
 enum { FOLD = 16 };  // partial sums kept of a sum over channels
+enum { GROUP = 8 };  // at most so many blocks of channels go through a span of a scan one after another
 static const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 typedef float plane[LANES];
@@ -38,13 +39,13 @@ typedef struct {
     rows u, dt, B, C, z, y;                // z may be null
     const float *A, *D, *dt_bias, *state;  // [width, size]; [width], [width], [batch, width, size] or null
     float *last;                           // [batch, width, size]
-    float *saved;                          // states before each span [task, span, size, LANES] or null
+    float *saved;                          // states before each span [block, span, size, LANES] or null
     rows grad_y, grad_u, grad_dt, grad_z;
     const float *grad_last;        // or null
     float *grad_A, *grad_state;    // [batch, width, size]
     float *grad_D, *grad_dt_bias;  // [batch, width]
     float *grad_B, *grad_C;        // [task, length, size]
-    float *scratch;                // [thread, 2 SPAN + 4, size, LANES]: what scan_backward keeps
+    float *scratch;                // [block, 2, size, LANES] forward, [thread, 2 SPAN + 4, size, LANES] backward
 } scan_job;
 
 typedef struct {
@@ -112,6 +113,8 @@ static inline void load(float *restrict to, rows from, slice k, int64_t t) {
     int64_t at = k.b * from.batch + t * from.time + k.first;
     if (k.bf16)
         for (int64_t i = 0; i < k.count; i++) to[i] = real((uint32_t)((const uint16_t *)from.data)[at + i] << 16);
+    else if (k.count == LANES)  // a size that is known needs no call
+        memcpy(to, (const float *)from.data + at, sizeof(plane));
     else
         memcpy(to, (const float *)from.data + at, (size_t)k.count * sizeof *to);
 }
@@ -120,6 +123,8 @@ static inline void store(rows to, const float *restrict from, slice k, int64_t t
     int64_t at = k.b * to.batch + t * to.time + k.first;
     if (k.bf16)
         for (int64_t i = 0; i < k.count; i++) ((uint16_t *)to.data)[at + i] = to_bf16(from[i]);
+    else if (k.count == LANES)
+        memcpy((float *)to.data + at, from, sizeof(plane));
     else
         memcpy((float *)to.data + at, from, (size_t)k.count * sizeof *from);
 }
@@ -181,26 +186,36 @@ static int64_t conv_read(window *w, const conv_job *job, slice k, int64_t start)
     return count;
 }
 
+// Nothing is copied into y, here and below: wide loads of what narrow stores have just written wait for them.
 static inline void conv_sum(float *restrict y, const window *w, int64_t taps, int64_t s) {
-    memcpy(y, w->bias, sizeof w->bias);
-    for (int64_t j = 0; j < taps; j++)
+    for (int64_t i = 0; i < LANES; i++) y[i] = w->bias[i] + w->x[s][i] * w->weight[0][i];
+    for (int64_t j = 1; j < taps; j++)
         for (int64_t i = 0; i < LANES; i++) y[i] += w->x[s + j][i] * w->weight[j][i];
 }
 
+// A task is a span of time and all channels: outputs depend on no other output, and rows that lie side by side in
+// memory are read side by side.
 static void conv_forward(const void *data, int64_t task) {
     const conv_job *job = data;
-    const slice k = channels(task, job->width, job->bf16);
+    const int64_t b = task / spans(job->length), start = task % spans(job->length) * SPAN, past = job->taps - 1;
+    const int64_t count = smaller(SPAN, job->length - start);
     window w;
-    conv_open(&w, job, k);
-    for (int64_t start = 0; start < job->length; start += SPAN) {
-        int64_t count = conv_read(&w, job, k, start);
+    for (int64_t block = 0; block < blocks(job->width); block++) {
+        const slice k = channels(b * blocks(job->width) + block, job->width, job->bf16);
+        if (k.count < LANES || start < past)
+            conv_open(&w, job, k);
+        else {
+            gather(w.weight, job->weight + k.first * job->taps, k.count, job->taps);
+            gather(&w.bias, job->bias ? job->bias + k.first : 0, k.count, 1);
+        }
+        for (int64_t t = start < past ? 0 : start - past; t < start + count; t++)
+            load(w.x[t - start + past], job->x, k, t);
         for (int64_t s = 0; s < count; s++) {
             plane y ALIGNED;
             conv_sum(y, &w, job->taps, s);
             for (int64_t i = 0; job->silu && i < LANES; i++) y[i] *= sigmoid(y[i]);
             store(job->y, y, k, start + s);
         }
-        memmove(w.x[0], w.x[SPAN], (size_t)(job->taps - 1) * sizeof(plane));
     }
 }
 
@@ -241,7 +256,7 @@ static void conv_backward(const void *data, int64_t task) {
     scatter(job->grad_bias + at, &to_bias, k.count, 1);
 }
 
-void ssm_conv_forward(const conv_job *job) { run(conv_forward, job, job->batch * blocks(job->width), job->threads); }
+void ssm_conv_forward(const conv_job *job) { run(conv_forward, job, job->batch * spans(job->length), job->threads); }
 void ssm_conv_backward(const conv_job *job) { run(conv_backward, job, job->batch * blocks(job->width), job->threads); }
 
 // ---- selective scan ----
@@ -291,33 +306,59 @@ static inline void scan_rates(plane *A, const scan_job *job, slice k) {
         for (int64_t i = 0; i < LANES; i++) A[n][i] *= LOG2E;
 }
 
+static void scan_span(reader *r, const scan_job *job, slice k, int64_t start, const plane *restrict A,
+                      plane *restrict h) {
+    int64_t count = scan_read(r, job, k, start);
+    for (int64_t s = 0; s < count; s++) {
+        const token *x = &r->x[s];
+        plane y ALIGNED;
+        for (int64_t i = 0; i < LANES; i++) y[i] = r->D[i] * x->u[i];
+        for (int64_t n = 0; n < job->size; n++)
+#pragma omp simd
+            for (int64_t i = 0; i < LANES; i++) {
+                h[n][i] = exp2_fast(x->delta[i] * A[n][i]) * h[n][i] + x->inflow[i] * x->B[n];
+                y[i] += h[n][i] * x->C[n];
+            }
+        for (int64_t i = 0; job->z.data && i < LANES; i++) y[i] *= x->z[i] * sigmoid(x->z[i]);
+        store(job->y, y, k, start + s);
+    }
+}
+
+// How many blocks a task takes: as many as leave some tasks for every thread.
+static int64_t group(const scan_job *job) {
+    int64_t many = job->threads > 1 ? job->batch * blocks(job->width) / (4 * job->threads) : GROUP;
+    return many < 1 ? 1 : smaller(many, GROUP);
+}
+
+static int64_t groups(const scan_job *job) { return (blocks(job->width) + group(job) - 1) / group(job); }
+
+// A task is a group of blocks, span by span: rows of one span share pages of memory, whose addresses are dear.
 static void scan_forward(const void *data, int64_t task) {
     const scan_job *job = data;
-    const slice k = channels(task, job->width, job->bf16);
-    const int64_t size = job->size, at = (k.b * job->width + k.first) * size;
-    plane A[size] ALIGNED, h[size] ALIGNED;
-    reader r;
-    scan_open(&r, job, k);
-    scan_rates(A, job, k);
-    gather(h, job->state ? job->state + at : 0, k.count, size);
-    for (int64_t start = 0; start < job->length; start += SPAN) {
-        if (job->saved) memcpy((plane *)job->saved + (task * spans(job->length) + start / SPAN) * size, h, sizeof h);
-        int64_t count = scan_read(&r, job, k, start);
-        for (int64_t s = 0; s < count; s++) {
-            const token *x = &r.x[s];
-            plane y ALIGNED;
-            memcpy(y, x->y, sizeof y);
-            for (int64_t n = 0; n < size; n++)
-#pragma omp simd
-                for (int64_t i = 0; i < LANES; i++) {
-                    h[n][i] = exp2_fast(x->delta[i] * A[n][i]) * h[n][i] + x->inflow[i] * x->B[n];
-                    y[i] += h[n][i] * x->C[n];
-                }
-            for (int64_t i = 0; job->z.data && i < LANES; i++) y[i] *= x->z[i] * sigmoid(x->z[i]);
-            store(job->y, y, k, start + s);
-        }
+    const int64_t size = job->size, count = blocks(job->width), row = task / groups(job);
+    const int64_t first = row * count + task % groups(job) * group(job);
+    const int64_t end = smaller(first + group(job), (row + 1) * count);
+    for (int64_t block = first; block < end; block++) {
+        const slice k = channels(block, job->width, job->bf16);
+        plane *A = (plane *)job->scratch + block * 2 * size, *h = A + size;
+        scan_rates(A, job, k);
+        gather(h, job->state ? job->state + (k.b * job->width + k.first) * size : 0, k.count, size);
     }
-    scatter(job->last + at, h, k.count, size);
+    reader r;
+    for (int64_t start = 0; start < job->length; start += SPAN)
+        for (int64_t block = first; block < end; block++) {
+            const slice k = channels(block, job->width, job->bf16);
+            plane *restrict A = (plane *)job->scratch + block * 2 * size, *restrict h = A + size;
+            if (job->saved)
+                memcpy((plane *)job->saved + (block * spans(job->length) + start / SPAN) * size, h, size * sizeof *h);
+            scan_open(&r, job, k);
+            scan_span(&r, job, k, start, A, h);
+        }
+    for (int64_t block = first; block < end; block++) {
+        const slice k = channels(block, job->width, job->bf16);
+        scatter(job->last + (k.b * job->width + k.first) * size, (plane *)job->scratch + (2 * block + 1) * size, k.count,
+                size);
+    }
 }
 
 // The state after a token and its decay again, and y before the gate.
@@ -436,7 +477,7 @@ static void scan_step(const void *data, int64_t task) {
     store(job->y, y, k, 0);
 }
 
-void ssm_scan_forward(const scan_job *job) { run(scan_forward, job, job->batch * blocks(job->width), job->threads); }
+void ssm_scan_forward(const scan_job *job) { run(scan_forward, job, job->batch * groups(job), job->threads); }
 void ssm_scan_backward(const scan_job *job) { run(scan_backward, job, job->batch * blocks(job->width), job->threads); }
 void ssm_scan_step(const scan_job *job) { run(scan_step, job, job->batch * blocks(job->width), job->threads); }
 

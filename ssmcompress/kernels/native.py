@@ -217,8 +217,13 @@ def _scan_fields(inputs: _ScanInputs) -> dict[str, Any]:
 
 def _kept(inputs: _ScanInputs) -> Tensor:
     """Room for the states before each span, which the backward starts from."""
-    batch, length, width = inputs.u.shape
-    return inputs.A.new_empty(batch * -(-width // LANES), -(-length // SPAN), inputs.A.shape[1], LANES)
+    return _planes(inputs, -(-inputs.u.shape[1] // SPAN))
+
+
+def _planes(inputs: _ScanInputs, count: int) -> Tensor:
+    """Room for so many states of each block of LANES channels."""
+    batch, _, width = inputs.u.shape
+    return inputs.A.new_empty(batch * -(-width // LANES), count, inputs.A.shape[1], LANES)
 
 
 def _scan_forward(
@@ -226,7 +231,9 @@ def _scan_forward(
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(inputs.u, memory_format=torch.contiguous_format)
     last = inputs.A.new_empty(inputs.u.shape[0], *inputs.A.shape)
-    _run("ssm_scan_forward", ScanJob, _scan_fields(inputs) | {"y": y, "last": last, "saved": saved}, used)
+    scratch = _planes(inputs, 2)
+    fields = {"y": y, "last": last, "saved": saved, "scratch": scratch}
+    _run("ssm_scan_forward", ScanJob, _scan_fields(inputs) | fields, used)
     return y, last
 
 
