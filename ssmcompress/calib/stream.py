@@ -20,20 +20,25 @@ class Room:
 
 
 class Stream(Sequence[Tensor]):
-    """Batches [b, L, d] that are read and replaced one at a time; those that come last lie in a file without a name."""
+    """Batches [b, L, d] that are read and replaced one at a time; those that come last lie in a file without a name.
+
+    Where there is a room for them the others lie in the memory of the host, wherever they are computed with.
+    """
 
     def __init__(self, batches: Iterable[Tensor], room: Room | None = None) -> None:
         self._held: list[Tensor] = []
         self._spilled: list[tuple[int, torch.Size]] = []
         self._file: Any = None
         self._device = torch.device("cpu")
-        left = None if room is None else room.bytes
+        self._hosted = room is not None
+        left = 0 if room is None else room.bytes
         for rows in batches:
-            if room is None or left is None or rows.nbytes <= left:
-                self._held.append(rows)
-                left = None if left is None else left - rows.nbytes
+            self._device = rows.device
+            if room is None or rows.nbytes <= left:
+                self._held.append(self._home(rows))
+                left -= rows.nbytes
                 continue
-            left, self._device = 0, rows.device
+            left = 0
             self._file = self._file or tempfile.TemporaryFile(dir=room.folder)  # noqa: SIM115 - it goes with the stream
             self._spilled.append((self._file.seek(0, os.SEEK_END), rows.shape))
             self._write(rows)
@@ -44,7 +49,7 @@ class Stream(Sequence[Tensor]):
     def __getitem__(self, index: Any) -> Any:
         place = range(len(self))[index] - len(self._held)
         if place < 0:
-            return self._held[place]
+            return self._held[place].to(self._device)
         start, shape = self._spilled[place]
         self._file.seek(start)
         rows = torch.empty(shape)
@@ -54,13 +59,16 @@ class Stream(Sequence[Tensor]):
     def __setitem__(self, index: int, rows: Tensor) -> None:
         place = index - len(self._held)
         if place < 0:
-            self._held[place] = rows
+            self._held[place] = self._home(rows)
             return
         self._file.seek(self._spilled[place][0])
         self._write(rows)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
+
+    def _home(self, rows: Tensor) -> Tensor:
+        return rows.cpu() if self._hosted else rows
 
     def _write(self, rows: Tensor) -> None:
         self._file.write(rows.cpu().contiguous().numpy().data.cast("B"))
