@@ -24,7 +24,7 @@ from torch import nn
 
 from ssmcompress.arch.base import Arch
 from ssmcompress.arch.surgery import Surgery
-from ssmcompress.evaluate.speed import rounds
+from ssmcompress.evaluate.speed import clock, rounds
 from ssmcompress.events import Emit, Note, Table, Terminal
 from ssmcompress.prune.apply import find_edits
 from ssmcompress.prune.masks import n_of_m
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def ceiling(dtype: torch.dtype, work: Work) -> float:
     """FLOP/s of one large matrix product, the best of ten."""
     a, b = (torch.randn(work.product, work.product, device=work.device, dtype=dtype) for _ in range(2))
-    times = rounds({"": lambda: a @ b}, 10, 2, clock=partial(_clock, work.device))[""]
+    times = rounds({"": lambda: a @ b}, 10, 2, clock=partial(clock, work.device))[""]
     return 2 * work.product**3 / min(times)
 
 
@@ -116,7 +116,7 @@ def reading(
                 {"dense": partial(each, dense), "small": partial(each, model)},
                 repeats,
                 2,
-                clock=partial(_clock, work.device),
+                clock=partial(clock, work.device),
             )
             for task, each in (
                 ("read", lambda m: rivals.prefill(m, ids[: work.rows])),
@@ -170,9 +170,9 @@ def variants(arch: Arch, dtype: torch.dtype, work: Work) -> dict[str, Callable[[
 def wanda(arch: Arch, dtype: torch.dtype, work: Work) -> tuple[str, ...]:
     """Windows, seconds and peak of pruning half of the weights."""
     model, ids = built(arch, dtype, work.device), rivals.tokens(arch, work.windows, work.length).to(work.device)
-    started = _clock(work.device)
+    started = clock(work.device)
     peak = _peak(model, lambda: find_edits(model, arch, Prune(method="wanda"), ids))
-    return f"{work.windows} x {work.length}", f"{_clock(work.device) - started:.1f}", peak
+    return f"{work.windows} x {work.length}", f"{clock(work.device) - started:.1f}", peak
 
 
 def built(arch: Arch, dtype: torch.dtype, device: torch.device) -> Any:
@@ -197,12 +197,6 @@ def _peak(model: nn.Module, work: Callable[[], Any]) -> str:
     work()
     weights = sum(each.nbytes for each in model.parameters())
     return f"{(torch.cuda.max_memory_allocated(device) - before + weights) / 2**30:.2f} GiB"
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _name(dtype: torch.dtype) -> str:

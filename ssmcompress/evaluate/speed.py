@@ -162,10 +162,10 @@ def speed(
     lengths = tuple(sorted(set(lengths)))
     before = os.getloadavg()[0]
     emit(Phase("speed", (2 * len(lengths) + 1) * (repetitions + WARM_UP)))
-    clock = partial(_clock, checkpoint.model.device)
+    seconds = partial(clock, checkpoint.model.device)
     moves = {name: partial(move, each.model) for name, each in contestants.items()} if against else None
     taken = {
-        figure: rounds(work, repetitions, WARM_UP, moves=moves, clock=clock, emit=emit)
+        figure: rounds(work, repetitions, WARM_UP, moves=moves, clock=seconds, emit=emit)
         for figure, work in _works(contestants, lengths, decode_tokens, batch, seed).items()
     }
     after = os.getloadavg()[0]
@@ -358,7 +358,7 @@ def _ratio(found: Ratio) -> str:
     return f"{found.ratio:.3f}{held}"
 
 
-def _clock(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
     """Seconds of the wall, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
